@@ -1,0 +1,54 @@
+# make demo    train on the built-in scenes, evaluate, and leave a picture and metrics.json
+# make test    linters and the fast tests; make test-slow: the others
+# make bench   the benchmarks
+# Each sets up .venv first, with PYTHON if given and else the newest of Python 3.11 to 3.13 that is
+# `python3` or named by its version; .venv is used again until the requirements change.
+
+SHELL := /bin/bash
+RUN := .venv/bin/python
+
+.PHONY: demo test test-slow bench lint clean
+
+demo: .venv/requirements.txt
+	$(RUN) -m psp_jax.main --config configs/scenes.py --workdir runs/scenes
+	$(RUN) -m psp_jax.main --mode eval --workdir runs/scenes
+	@echo
+	@echo 'Metrics:  runs/scenes/eval/metrics.json'
+	@echo "Pictures: $$(ls runs/scenes/eval/*/panels.png)"
+
+test: lint
+	$(RUN) -m pytest -m 'not slow'
+
+test-slow: .venv/requirements-test.txt
+	$(RUN) -m pytest -m slow
+
+lint: .venv/requirements-test.txt
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+bench: .venv/requirements.txt
+	@for file in benchmarks/*.py; do echo "== $$file"; $(RUN) "$$file" || exit 1; done
+
+clean:
+	rm -rf .venv
+
+.venv/bin/python:
+	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	    "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	        2>/dev/null && found="$$python" && break; \
+	done; \
+	if [ -z "$$found" ]; then \
+	    echo 'psp_jax needs Python 3.11, 3.12 or 3.13, and python3 is none of them; install one, or' >&2; \
+	    echo 'name it: make PYTHON=/path/to/python3.12 ...' >&2; \
+	    exit 1; \
+	fi; \
+	echo "$$("$$found" --version): setting up .venv"; "$$found" -m venv .venv
+
+# The copies within .venv tell which requirements are installed in it.
+.venv/requirements.txt: requirements.txt .venv/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@cp requirements.txt $@
+
+.venv/requirements-test.txt: requirements-test.txt .venv/requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	@cp requirements-test.txt $@

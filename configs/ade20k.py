@@ -1,0 +1,57 @@
+"""PSPNet on ADE20K's 150 classes (scene parsing challenge 2016): the paper's main experiment.
+
+Command:  python -m psp_jax.main --config configs/ade20k.py
+          python -m psp_jax.main --config configs/ade20k.py:depth=101,recipe=semseg
+          docs/ablations.md has the command of each row of the paper's tables.
+
+Arguments:
+  depth=50          18 | 34 | 50 | 101 | 152 | 269
+  recipe=paper      paper: 150,000 steps; semseg (the authors' PyTorch code): 126,300 steps
+  bins=(1,2,3,6)    grids of the pyramid; () = the dilated FCN that the paper calls the baseline
+  pool=average      average | max
+  reduce=true       false = no 1x1 convolutions within the pyramid
+  aux=0.4           weight of the auxiliary loss; 0 = without the auxiliary head
+  augment=true      false = crops only: no scaling, rotation, blur or mirroring
+
+Expect:   published validation mIoU / pixel accuracy, by sliding windows at a single scale:
+          PSPNet-50 41.68 / 80.04 (paper, Table 3) and 41.89 / 80.39 (semseg's README),
+          PSPNet-101 41.96 / 80.64 and 43.10 / 81.07. Each started from ImageNet weights.
+          Images are seen here in one piece, 513 pixels long, which scores a little differently.
+
+Data:     ADEChallengeData2016 as it is downloaded, in `data/ade20k` (or --config.data.root=DIR):
+          images/{training,validation}/*.jpg and annotations/{training,validation}/*.png,
+          20,210 and 2,000 pairs. Label 0 ('other') is ignored, 1 to 150 become 0 to 149.
+"""
+
+from ml_collections import ConfigDict
+
+from psp_jax.config import default_config, parse_arg, set_depth
+from psp_jax.legal import choose
+
+
+def get_config(arg: str = '') -> ConfigDict:
+    args = parse_arg(arg, depth=50, recipe='paper', bins=(1, 2, 3, 6), pool='average', reduce=True,
+                     aux=0.4, augment=True)
+    config = default_config()
+    config.total_steps = choose('recipe', args.recipe, {'paper': 150_000, 'semseg': 126_300})
+
+    config.data.source = 'dirs'
+    config.data.root = 'data/ade20k'
+    config.data.train = 'images/training,annotations/training'
+    config.data.val = 'images/validation,annotations/validation'
+    config.data.classes = 'ade20k'
+    config.data.label_map = 'minus_one'
+    config.data.crop = 473
+    if not args.augment:
+        config.data.scale = (1.0, 1.0)
+        config.data.rotate = 0.0
+        config.data.blur = 0.0
+        config.data.mirror = 0.0
+
+    set_depth(config, args.depth)
+    config.model.bins = args.bins
+    config.model.pool = args.pool
+    config.model.reduce = args.reduce
+    config.loss.aux_weight = args.aux
+    config.eval.base_size = 512  # pixels, the long side; it becomes the nearest 8n + 1
+    return config

@@ -1,0 +1,40 @@
+"""PSPNet-18 on the built-in scenes: nothing to download, minutes on a CPU.
+
+The scenes are drawn on the fly. The same object is a car in a street and a boat in a harbour, and
+only the far context tells which: the first observation of the paper (section 3.1) as a data set.
+
+Command:  python -m psp_jax.main --config configs/scenes.py
+          python -m psp_jax.main --config 'configs/scenes.py:bins=()'     the plain dilated FCN
+          arguments: bins=(1,2,3,6), seed=0, steps=400, depth=18
+
+Expect:   mIoU of 0.80 or more on 200 scenes that training never draws, in about 5 minutes on two
+          CPU cores.
+"""
+
+from ml_collections import ConfigDict
+
+from psp_jax.config import default_config, parse_arg, set_depth
+
+
+def get_config(arg: str = '') -> ConfigDict:
+    args = parse_arg(arg, bins=(1, 2, 3, 6), seed=0, steps=400, depth=18)
+    config = default_config()
+    config.seed = args.seed
+    config.batch_size = 8
+    config.total_steps = args.steps
+    config.eval_every = 200
+    config.checkpoint_every = 200
+    config.log_every = 20
+
+    config.data.source = 'scenes'
+    config.data.train = '0:20000'
+    config.data.val = '1000000:1000200'
+    config.data.classes = 'scenes'
+    config.data.crop = (65, 129)
+    config.data.scale = (0.8, 1.25)
+
+    set_depth(config, args.depth)
+    config.model.bins = args.bins
+    config.optimizer.learning_rate = 0.02
+    config.optimizer.recipe_batch_size = 8
+    return config

@@ -1,0 +1,45 @@
+"""PSPNet on PASCAL VOC 2012's 21 classes, trained on the augmented set of 10,582 images.
+
+Command:  python -m psp_jax.main --config configs/voc2012.py:depth=101
+
+Arguments:
+  depth=50          18 | 34 | 50 | 101 | 152 | 269
+  recipe=paper      paper: 30,000 steps; semseg (the authors' PyTorch code): 33,050 steps
+
+Expect:   published validation mIoU / pixel accuracy (semseg's README), by sliding windows at a
+          single scale: PSPNet-50 77.05 / 94.89, PSPNet-101 79.07 / 95.34. The paper reports the
+          test set: 82.6 mIoU with PSPNet-101 at several scales. Each started from ImageNet weights.
+          Images are seen here in one piece, 513 pixels long, which scores a little differently.
+
+Data:     VOCdevkit/VOC2012 in `data/voc2012` (or --config.data.root=DIR), and within it the labels
+          of the Semantic Boundaries Dataset as SegmentationClassAug/*.png. Palette PNGs are fine.
+          The lists are made in that folder by
+
+  sed 's|.*|JPEGImages/&.jpg SegmentationClass/&.png|' ImageSets/Segmentation/val.txt > val.txt
+  ls SegmentationClassAug | sed 's|.png$||' | grep -vxFf ImageSets/Segmentation/val.txt |
+      sed 's|.*|JPEGImages/&.jpg SegmentationClassAug/&.png|' > train_aug.txt
+
+          and have 1,449 and 10,582 lines. Label 255, the objects' border, is ignored.
+"""
+
+from ml_collections import ConfigDict
+
+from psp_jax.config import default_config, parse_arg, set_depth
+from psp_jax.legal import choose
+
+
+def get_config(arg: str = '') -> ConfigDict:
+    args = parse_arg(arg, depth=50, recipe='paper')
+    config = default_config()
+    config.total_steps = choose('recipe', args.recipe, {'paper': 30_000, 'semseg': 33_050})
+
+    config.data.source = 'list'
+    config.data.root = 'data/voc2012'
+    config.data.train = 'train_aug.txt'
+    config.data.val = 'val.txt'
+    config.data.classes = 'voc2012'
+    config.data.crop = 473
+
+    set_depth(config, args.depth)
+    config.eval.base_size = 512  # pixels, the long side; it becomes the nearest 8n + 1
+    return config

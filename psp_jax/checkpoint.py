@@ -1,0 +1,158 @@
+"""Checkpoints: the only file that knows orbax.
+
+`WORKDIR/checkpoints/STEP/` holds the train state (arrays under names such as
+`params/backbone/stem_conv1/kernel`), and the resolved configuration with the versions that wrote
+it. Saving is asynchronous and atomic: a checkpoint that was cut off does not count.
+"""
+
+import os
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+from orbax.checkpoint import checkpoint_managers as policies
+
+from psp_jax.errors import UserError
+
+
+def directory(workdir: str) -> epath.Path:
+    path = epath.Path(workdir) / 'checkpoints'
+    return path if '://' in workdir else path.absolute()
+
+
+def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
+    """A manager that keeps the newest `keep` checkpoints and the best by mIoU."""
+    best = policies.BestN(get_metric_fn=lambda metrics: metrics['mIoU'], n=1)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+        best_fn=lambda metrics: metrics['mIoU'],
+        save_decision_policy=policies.FixedIntervalPolicy(1),  # train.py decides, not orbax
+    )
+    path = directory(workdir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written ({error.strerror}); set --workdir') from error
+    return ocp.CheckpointManager(path, options=options)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """{'params/head/classifier/bias': leaf, ...} of any tree."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in flat}
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: Any,
+    meta: dict[str, Any],
+    metrics: dict[str, float] | None,
+) -> None:
+    """Starts saving; `metrics` holds the mIoU if this step was evaluated."""
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(unflatten_dict(named_leaves(state), sep='/')),
+        meta=ocp.args.JsonSave(meta),
+    )
+    manager.save(step, args=items, metrics=metrics)
+
+
+def find(workdir: str, which: str) -> tuple[epath.Path, int]:
+    """The (directory, step) of a checkpoint: 'latest', 'best', a step, or a checkpoint's path."""
+    path = directory(workdir)
+    if which not in ('latest', 'best') and not which.isdigit():
+        path = epath.Path(os.path.normpath(which) if '://' not in which else which.rstrip('/'))
+        path, which = path.absolute().parent if '://' not in which else path.parent, path.name
+        if not which.isdigit() or not (path / which).exists():
+            raise UserError(
+                f'--checkpoint={path / which}: no checkpoint; give latest, best, a step, or the '
+                'path of one, such as runs/NAME/checkpoints/STEP'
+            )
+    with reader(path) as manager:
+        steps = list(manager.all_steps())
+        if not steps:
+            raise UserError(f'{path}: holds no checkpoint; train first, or set --workdir')
+        if which == 'latest':
+            step = max(steps)
+        elif which == 'best':
+            best = manager.best_step()
+            step = max(steps) if best is None else best
+        else:
+            step = int(which)
+    if step not in steps:
+        raise UserError(f'{path}: holds no checkpoint of step {step}, but of {sorted(steps)}')
+    return path, step
+
+
+def reader(path: epath.Path) -> ocp.CheckpointManager:
+    """A manager that only reads, for a context."""
+    handlers = {'state': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(
+        read_only=True, best_fn=lambda metrics: metrics['mIoU']
+    )
+    return ocp.CheckpointManager(path, options=options, item_handlers=handlers)
+
+
+def read_meta(path: epath.Path, step: int) -> dict[str, Any]:
+    """What was saved beside the state: {'config': ..., 'versions': ...}."""
+    with reader(path) as manager:
+        try:
+            return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        except (FileNotFoundError, KeyError, ValueError) as error:
+            raise UserError(f'{path / str(step)}: not a checkpoint of psp_jax ({error})') from error
+
+
+def restore(path: epath.Path, step: int, target: Any) -> Any:
+    """The saved values in the shape of `target`, a tree of arrays or ShapeDtypeStructs.
+
+    `target` may be a part of what was saved (evaluation leaves the optimizer out), but what it has
+    must be there with the same names, shapes and dtypes, and within `params` and `batch_stats`
+    nothing may be left over. Raises UserError that lists what differs. Values take the
+    shardings of `target`, on any number of devices.
+    """
+    wanted = named_leaves(target)
+    with reader(path) as manager:
+        try:
+            found = manager.item_metadata(step)['state']
+            saved = flatten_dict(getattr(found, 'tree', found), sep='/')
+        except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f'{path / str(step)}: cannot be read ({error})') from error
+        parts = {name.split('/')[0] for name in wanted}
+        saved = {name: leaf for name, leaf in saved.items() if name.split('/')[0] in parts}
+        differences = compare(saved, wanted)
+        if differences:
+            shown = '; '.join(differences[:6])
+            more = f'; and {len(differences) - 6} more' if len(differences) > 6 else ''
+            raise UserError(
+                f'{path / str(step)} is of another architecture than the configuration '
+                f'(checkpoint / configuration): {shown}{more}'
+            )
+        arguments = ocp.args.PyTreeRestore(
+            item=unflatten_dict(wanted, sep='/'),
+            restore_args=unflatten_dict(
+                {
+                    name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype)
+                    for name, leaf in wanted.items()
+                },
+                sep='/',
+            ),
+            partial_restore=True,
+        )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        values = flatten_dict(checkpointer.restore(path / str(step) / 'state', args=arguments), sep='/')
+    return jax.tree.unflatten(jax.tree.structure(target), [values[name] for name in wanted])
+
+
+def compare(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """One text for each name, shape or dtype that differs."""
+    differences = []
+    for name in sorted(saved.keys() | wanted.keys()):
+        texts = []
+        for leaves in (saved, wanted):
+            leaf = leaves.get(name)
+            texts.append('missing' if leaf is None else f'{leaf.dtype}{list(leaf.shape)}')
+        if texts[0] != texts[1]:
+            differences.append(f'{name} {texts[0]} / {texts[1]}')
+    return differences

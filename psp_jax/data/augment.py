@@ -1,0 +1,155 @@
+"""The augmentation of the reference recipe (semseg), one resampling per image.
+
+In order: scale, rotation, blur, mirror, random crop with centred padding. semseg does them one
+after the other on the whole picture; here scale, rotation and crop are one affine map, evaluated
+only at the pixels of the crop. 'Canvas' is the picture after scaling, before padding.
+"""
+
+import cv2
+import numpy as np
+from ml_collections import ConfigDict
+
+from psp_jax.data.labels import IGNORE
+
+_BLUR_SIZE = 5  # at this size OpenCV's kernel is [1, 4, 6, 4, 1] / 16, not a sampled Gaussian
+
+
+def augment(
+    image: np.ndarray, label: np.ndarray, rng: np.random.Generator, data: ConfigDict
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a random crop of a random variant of one example.
+
+    image: uint8 [H, W, 3] RGB; label: uint8 [H, W], 255 = ignore.
+    rng: source of all randomness. Seven numbers are drawn, always and in this order: scale,
+        whether to rotate, angle, whether to blur, whether to mirror, row and column of the
+        crop. So switching one augmentation off leaves the draws of the others as they were.
+    data: crop (int or (height, width)), scale (low, high), rotate (degrees, with probability
+        0.5; 0 = off), blur and mirror (probabilities), mean (RGB, 0..255).
+    Returns uint8 [crop height, crop width, 3] and uint8 [crop height, crop width]. What lies
+    outside the canvas is the mean, rounded, and 255.
+    """
+    u_scale, u_rotate, u_angle, u_blur, u_mirror, u_row, u_column = rng.random(7)
+    low, high = data.scale
+    scale = low + (high - low) * u_scale
+    angle = data.rotate * (2 * u_angle - 1) if u_rotate < 0.5 else 0.0
+    fill = np.rint(data.mean).astype(np.uint8)
+    crop_h, crop_w = (data.crop, data.crop) if isinstance(data.crop, int) else data.crop
+
+    # OpenCV's size of a resized picture; Python's round is half to even, as cvRound is.
+    canvas_h = max(1, round(label.shape[0] * scale))
+    canvas_w = max(1, round(label.shape[1] * scale))
+    rows, out_rows = _visible(canvas_h, crop_h, u_row)
+    columns, out_columns = _visible(canvas_w, crop_w, u_column)
+    mirror = u_mirror < data.mirror
+    if mirror:
+        columns = slice(canvas_w - columns.stop, canvas_w - columns.start)
+
+    to_canvas = _inverse_rotation(angle, canvas_h, canvas_w)
+    blur = u_blur < data.blur
+    part = _warp_image(image, scale, to_canvas, (canvas_h, canvas_w), (rows, columns), fill, blur)
+    label_part = _warp_label(label, scale, to_canvas, (canvas_h, canvas_w), (rows, columns))
+    step = -1 if mirror else 1
+    out_image = np.empty((crop_h, crop_w, 3), np.uint8)
+    out_image[:] = fill
+    out_image[out_rows, out_columns] = part[:, ::step]
+    out_label = np.full((crop_h, crop_w), IGNORE, np.uint8)
+    out_label[out_rows, out_columns] = label_part[:, ::step]
+    return out_image, out_label
+
+
+def _visible(canvas: int, crop: int, u: float) -> tuple[slice, slice]:
+    """Along one axis: the part of the canvas that the crop shows, and where in the crop it lies.
+
+    The canvas is padded to the crop's size, half (rounded down) before it; the crop begins at a
+    uniform offset, both ends included.
+    """
+    padded = max(canvas, crop)
+    first = int(u * (padded - crop + 1)) - (padded - canvas) // 2
+    start, stop = max(first, 0), min(first + crop, canvas)
+    return slice(start, stop), slice(start - first, stop - first)
+
+
+def _inverse_rotation(angle: float, height: int, width: int) -> np.ndarray:
+    """Matrix [2, 3] from a pixel (x, y) of the rotated canvas to the canvas before rotation."""
+    rotation = cv2.getRotationMatrix2D((width / 2, height / 2), angle, 1.0)
+    return cv2.invertAffineTransform(rotation)
+
+
+def _warp_image(
+    image: np.ndarray,
+    scale: float,
+    to_canvas: np.ndarray,
+    canvas: tuple[int, int],
+    window: tuple[slice, slice],
+    fill: np.ndarray,
+    blur: bool,
+) -> np.ndarray:
+    """Window (rows, columns) of the scaled, rotated, blurred canvas: uint8 [h, w, 3]."""
+    margin = _BLUR_SIZE // 2 if blur else 0
+    # Where the canvas ends there is no margin: the blur reflects there, as on the whole canvas.
+    top, bottom = max(window[0].start - margin, 0), min(window[0].stop + margin, canvas[0])
+    left, right = max(window[1].start - margin, 0), min(window[1].stop + margin, canvas[1])
+    # Pixel centres: source = (canvas + 0.5) / scale - 0.5.
+    to_source = to_canvas / scale
+    to_source[:, 2] += 0.5 / scale - 0.5
+    to_source[:, 2] += to_source[:, :2] @ (left, top)
+    rotated = to_canvas[0, 1] != 0
+    part = cv2.warpAffine(
+        image,
+        to_source,
+        (right - left, bottom - top),
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_CONSTANT if rotated else cv2.BORDER_REPLICATE,
+        borderValue=fill.tolist(),
+    )
+    if blur:
+        part = cv2.GaussianBlur(part, (_BLUR_SIZE, _BLUR_SIZE), 0)
+    return part[window[0].start - top :, window[1].start - left :][
+        : window[0].stop - window[0].start, : window[1].stop - window[1].start
+    ]
+
+
+def _warp_label(
+    label: np.ndarray,
+    scale: float,
+    to_canvas: np.ndarray,
+    canvas: tuple[int, int],
+    window: tuple[slice, slice],
+) -> np.ndarray:
+    """Window (rows, columns) of the scaled, rotated label: uint8 [h, w].
+
+    Two nearest-neighbour steps, as in the reference: OpenCV's resize takes floor(i / scale), which
+    is not the image's map, and no single rounded affine map equals the two.
+    """
+    rows, columns = window
+    if to_canvas[0, 1] == 0:
+        return _resize_nearest(label, scale, rows, columns)
+    # The part of the canvas under the rotated window, and one pixel around it.
+    corners = np.array(
+        [(x, y, 1) for x in (columns.start, columns.stop) for y in (rows.start, rows.stop)]
+    )
+    low = np.floor((corners @ to_canvas.T).min(0)).astype(int) - 1
+    high = np.ceil((corners @ to_canvas.T).max(0)).astype(int) + 2
+    low, high = np.clip(low, 0, canvas[::-1]), np.clip(high, 0, canvas[::-1])
+    if (low >= high).any():
+        return np.full((rows.stop - rows.start, columns.stop - columns.start), IGNORE, np.uint8)
+    part = _resize_nearest(label, scale, slice(low[1], high[1]), slice(low[0], high[0]))
+    to_part = to_canvas.copy()
+    to_part[:, 2] += to_canvas[:, :2] @ (columns.start, rows.start) - low
+    return cv2.warpAffine(
+        part,
+        to_part,
+        (columns.stop - columns.start, rows.stop - rows.start),
+        flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=IGNORE,
+    )
+
+
+def _resize_nearest(label: np.ndarray, scale: float, rows: slice, columns: slice) -> np.ndarray:
+    """Part of a label resized as by OpenCV's INTER_NEAREST: source = floor(i / scale)."""
+    source = [
+        np.minimum((np.arange(part.start, part.stop) * (1 / scale)).astype(np.intp), size - 1)
+        for part, size in zip((rows, columns), label.shape, strict=True)
+    ]
+    return label.take(source[0], axis=0).take(source[1], axis=1)

@@ -1,0 +1,160 @@
+"""Label spaces: the classes of a data set, their colours, and how stored values become classes.
+
+Colours are RGB. Sources: the class tables of the data sets' own tools (ADE20K's objectInfo150 and
+colour coding, PASCAL VOC's colour map, cityscapesScripts, SegNet's CamVid).
+"""
+
+import ast
+from typing import NamedTuple
+
+import numpy as np
+
+from psp_jax.errors import UserError
+
+IGNORE = 255  # pixels of this label count neither in the loss nor in a metric
+
+
+class LabelSpace(NamedTuple):
+    """Names of the classes 0..N-1 and their colours, uint8 [N, 3] RGB."""
+
+    names: tuple[str, ...]
+    colors: np.ndarray
+
+
+# ADE20K scene parsing, 150 classes, stored as 1..150 with 0 = other (data.label_map = minus_one).
+_ADE20K = '''
+wall 787878, building b47878, sky 06e6e6, floor 503232, tree 04c803, ceiling 787850,
+road 8c8c8c, bed cc05ff, windowpane e6e6e6, grass 04fa07, cabinet e005ff, sidewalk ebff07,
+person 96053d, earth 787846, door 08ff33, table ff0652, mountain 8fff8c, plant ccff04,
+curtain ff3307, chair cc4603, car 0066c8, water 3de6fa, painting ff0633, sofa 0b66ff,
+shelf ff0747, house ff09e0, sea 0907e6, mirror dcdcdc, rug ff095c, field 7009ff,
+armchair 08ffd6, seat 07ffe0, fence ffb806, desk 0aff47, rock ff290a, wardrobe 07ffff,
+lamp e0ff08, bathtub 6608ff, railing ff3d06, cushion ffc207, base ff7a08, box 00ff14,
+column ff0829, signboard ff0599, chest of drawers 0633ff, counter eb0cff, sand a09614,
+sink 00a3ff, skyscraper 8c8c8c, fireplace fa0a0f, refrigerator 14ff00, grandstand 1fff00,
+path ff1f00, stairs ffe000, runway 99ff00, case 0000ff, pool table ff4700, pillow 00ebff,
+screen door 00adff, stairway 1f00ff, river 0bc8c8, bridge ff5200, bookcase 00fff5, blind 003dff,
+coffee table 00ff70, toilet 00ff85, flower ff0000, book ffa300, hill ff6600, bench c2ff00,
+countertop 008fff, stove 33ff00, palm 0052ff, kitchen island 00ff29, computer 00ffad,
+swivel chair 0a00ff, boat adff00, bar 00ff99, arcade machine ff5c00, hovel ff00ff, bus ff00f5,
+towel ff0066, light ffad00, truck ff0014, tower ffb8b8, chandelier 001fff, awning 00ff3d,
+streetlight 0047ff, booth ff00cc, television receiver 00ffc2, airplane 00ff52,
+dirt track 000aff, apparel 0070ff, pole 3300ff, land 00c2ff, bannister 007aff, escalator 00ffa3,
+ottoman ff9900, bottle 00ff0a, buffet ff7000, poster 8fff00, stage 5200ff, van a3ff00,
+ship ffeb00, fountain 08b8aa, conveyer belt 8500ff, canopy 00ff5c, washer b800ff,
+plaything ff001f, swimming pool 00b8ff, stool 00d6ff, barrel ff0070, basket 5cff00,
+waterfall 00e0ff, tent 70e0ff, bag 46b8a0, minibike a300ff, cradle 9900ff, oven 47ff00,
+ball ff00a3, food ffcc00, step ff008f, tank 00ffeb, trade name 85ff00, microwave ff00eb,
+pot f500ff, animal ff007a, bicycle fff500, lake 0abed4, dishwasher d6ff00, screen 00ccff,
+blanket 1400ff, sculpture ffff00, hood 0099ff, sconce 0029ff, vase 00ffcc, traffic light 2900ff,
+tray 29ff00, ashcan ad00ff, fan 00f5ff, pier 4700ff, crt screen 7a00ff, plate 00ffb8,
+monitor 005cff, bulletin board b8ff00, shower 0085ff, radiator ffd600, glass 19c2c2,
+clock 66ff00, flag 5c00ff'''
+
+# PASCAL VOC 2012, background and 20 objects, stored as palette PNG, 255 = void.
+_VOC2012 = '''
+background 000000, aeroplane 800000, bicycle 008000, bird 808000, boat 000080, bottle 800080,
+bus 008080, car 808080, cat 400000, chair c00000, cow 408000, diningtable c08000, dog 400080,
+horse c00080, motorbike 408080, person c08080, pottedplant 004000, sheep 804000, sofa 00c000,
+train 80c000, tvmonitor 004080'''
+
+# Cityscapes, 19 train ids.
+_CITYSCAPES = '''
+road 804080, sidewalk f423e8, building 464646, wall 66669c, fence be9999, pole 999999,
+traffic light faaa1e, traffic sign dcdc00, vegetation 6b8e23, terrain 98fb98, sky 4682b4,
+person dc143c, rider ff0000, car 00008e, truck 000046, bus 003c64, train 005064,
+motorcycle 0000e6, bicycle 770b20'''
+
+# CamVid, the 11 classes of SegNet in its order, stored with 11 = void.
+_CAMVID = '''
+Sky 808080, Building 800000, Pole c0c080, Road 804080, Pavement 3c28de, Tree 808000,
+SignSymbol c08080, Fence 404080, Car 400080, Pedestrian 404000, Bicyclist 0080c0'''
+_TABLES = {'ade20k': _ADE20K, 'voc2012': _VOC2012, 'cityscapes': _CITYSCAPES, 'camvid': _CAMVID}
+
+# labelIds of Cityscapes that are evaluated, in the order of their train ids.
+_CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+
+
+def label_space(classes: str) -> LabelSpace:
+    """Returns the label space that `data.classes` describes.
+
+    classes: the name of a known data set ('ade20k', 'voc2012', 'cityscapes', 'camvid',
+        'scenes'), comma-separated class names ('road, tree, car'), or a number of classes
+        ('4', at most 255, since 255 is the ignore label).
+    Raises UserError where it is none of these.
+    """
+    spec = classes.strip()
+    if spec in _TABLES:
+        rows = [row.strip().rpartition(' ') for row in _TABLES[spec].split(',')]
+        colors = np.array([tuple(bytes.fromhex(color)) for _, _, color in rows], np.uint8)
+        return LabelSpace(tuple(name for name, _, _ in rows), colors)
+    if spec == 'scenes':
+        from psp_jax.data import scenes
+
+        return LabelSpace(tuple(scenes.NAMES), np.asarray(scenes.COLORS, np.uint8))
+    allowed = (
+        f'use one of {", ".join([*_TABLES, "scenes"])}, two or more comma-separated names, '
+        'or a number of classes from 1 to 255'
+    )
+    if spec.isascii() and spec.isdigit():
+        names = tuple(f'class {i}' for i in range(int(spec)))
+    else:
+        names = tuple(name.strip() for name in spec.split(','))
+        if len(names) < 2 or not all(names):
+            raise UserError(f'data.classes = {classes!r} is not a label space: {allowed}')
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f'data.classes names {twice!r} twice: give each class its own name')
+    if not 1 <= len(names) <= IGNORE:
+        raise UserError(f'data.classes = {classes!r} has {len(names)} classes: {allowed}')
+    return LabelSpace(names, _distinct_colors(len(names)))
+
+
+def label_table(label_map: str) -> np.ndarray:
+    """Returns the look-up table uint8 [256] from a stored label value to a class (255 = ignore).
+
+    label_map: '' (values are classes), 'minus_one' (0 -> 255, v -> v - 1; ADE20K),
+        'cityscapes_ids' (the 34 label ids -> 19 train ids, the others -> 255), or the values
+        that change as a dict literal ('{11: 255}'). A stored 255 stays 255 unless the literal
+        says otherwise.
+    Raises UserError where it is none of these.
+    """
+    table = np.arange(256, dtype=np.uint8)
+    spec = label_map.strip()
+    if spec == 'minus_one':
+        table[1:IGNORE] = np.arange(IGNORE - 1)
+        table[0] = IGNORE
+    elif spec == 'cityscapes_ids':
+        table[:] = IGNORE
+        table[list(_CITYSCAPES_IDS)] = np.arange(len(_CITYSCAPES_IDS))
+    elif spec:
+        for value, train_id in _parse_map(label_map).items():
+            table[value] = train_id
+    return table
+
+
+def _parse_map(label_map: str) -> dict[int, int]:
+    allowed = "use '', 'minus_one', 'cityscapes_ids' or a dict of values 0..255 such as '{11: 255}'"
+    try:
+        parsed = ast.literal_eval(label_map.strip())
+    except (ValueError, SyntaxError):
+        raise UserError(f'data.label_map = {label_map!r} is not a label map: {allowed}') from None
+    if not isinstance(parsed, dict):
+        raise UserError(f'data.label_map = {label_map!r} is not a dict: {allowed}')
+    for number in [*parsed.keys(), *parsed.values()]:
+        if type(number) is not int or not 0 <= number <= 255:
+            raise UserError(f'data.label_map holds {number!r}: {allowed}')
+    return parsed
+
+
+def _distinct_colors(count: int) -> np.ndarray:
+    """PASCAL VOC's colour map: bits 0, 1, 2 of the class go to the high bits of R, G, B, and so on.
+
+    Source: VOCdevkit, VOClabelcolormap.m. Distinct for all 256 values.
+    """
+    classes = np.arange(count)
+    colors = np.zeros((count, 3), np.uint8)
+    for bit in range(8):
+        channel, shift = bit % 3, 7 - bit // 3
+        colors[:, channel] |= ((classes >> bit & 1) << shift).astype(np.uint8)
+    return colors

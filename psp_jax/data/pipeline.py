@@ -1,0 +1,157 @@
+"""Examples in, batches out: the order of training examples and the parallel reading of them.
+
+Training example number p of a run (p = step * batch_size + row) is a pure function of (seed, p):
+which image, and every random choice made on it. So a run resumes at any step at no cost, bit for
+bit, and on another number of processes.
+"""
+
+import atexit
+import contextlib
+import os
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+import tensorflow as tf
+from ml_collections import ConfigDict
+
+from psp_jax.data.augment import augment
+from psp_jax.data.sources import Source
+from psp_jax.errors import UserError
+
+cv2.setNumThreads(0)  # examples are worked on in parallel, one thread each
+for _kind in ('GPU', 'TPU'):
+    with contextlib.suppress(RuntimeError):  # TensorFlow is already up: nothing left to hide
+        tf.config.set_visible_devices([], _kind)
+
+_PREFETCH = 2  # batches ready ahead of the training step
+
+
+def example_index(positions: np.ndarray, length: int, seed: int) -> np.ndarray:
+    """Returns which example of the source is training example number `positions`.
+
+    positions: int64 [n], >= 0; length: examples in the source; seed: the run's.
+    Returns int64 [n] in 0..length-1. Every stretch of `length` positions that begins at a multiple
+    of `length` (an epoch) is a permutation, another one for each epoch and seed.
+    """
+    positions = np.asarray(positions, np.int64)
+    epochs = positions // length
+    indices = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        where = epochs == epoch
+        indices[where] = _shuffled(positions[where] % length, epoch, length, seed).numpy()
+    return indices
+
+
+def train_batches(
+    source: Source,
+    config: ConfigDict,
+    *,
+    start_step: int,
+    process_index: int,
+    process_count: int,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Returns this process's part of the training batches from `start_step` on, without end.
+
+    Of each global batch of config.batch_size (B) examples, process h of P gets the rows
+    [h * B/P : (h + 1) * B/P]. A batch holds, with n = B/P: 'image' uint8 [n, height, width, 3] RGB,
+    'label' uint8 [n, height, width] (255 = ignore), 'position' int64 [n] (the example numbers).
+    Raises UserError at once where B does not divide, and from `next` where an example is bad.
+    """
+    data, seed = config.data, config.seed
+    rows, rest = divmod(config.batch_size, process_count)
+    if rest or not rows:
+        raise UserError(
+            f'batch_size = {config.batch_size} does not divide over {process_count} processes: '
+            'make it a multiple of their number'
+        )
+    crop = (data.crop, data.crop) if isinstance(data.crop, int) else tuple(data.crop)
+
+    def load(position: np.int64, index: np.int64) -> tuple[np.ndarray, np.ndarray, bytes]:
+        rng = np.random.Generator(np.random.Philox(key=_key(seed, int(position))))
+        try:
+            return (*augment(*source.read(int(index)), rng, data), b'')
+        except UserError as error:
+            # TensorFlow would wrap the exception: its text travels with the batch instead.
+            return np.zeros((*crop, 3), np.uint8), np.zeros(crop, np.uint8), str(error).encode()
+
+    def example(n: tf.Tensor) -> dict[str, tf.Tensor]:
+        position = n // rows * config.batch_size + process_index * rows + n % rows
+        index = _shuffled(position % source.length, position // source.length, source.length, seed)
+        image, label, error = tf.numpy_function(
+            load, [position, index], (tf.uint8, tf.uint8, tf.string), stateful=False
+        )
+        return {
+            'image': tf.ensure_shape(image, (*crop, 3)),
+            'label': tf.ensure_shape(label, crop),
+            'position': position,
+            'error': tf.ensure_shape(error, ()),
+        }
+
+    threads = data.threads or os.cpu_count() or 1
+    options = tf.data.Options()
+    options.deterministic = True
+    options.autotune.enabled = False
+    options.threading.private_threadpool_size = threads
+    options.threading.max_intra_op_parallelism = 1
+    batches = (
+        tf.data.Dataset.range(start_step * rows, np.iinfo(np.int64).max)
+        .map(example, num_parallel_calls=threads, deterministic=True)
+        .batch(rows, drop_remainder=True)
+        .prefetch(_PREFETCH)
+        .with_options(options)
+    )
+    iterator = _checked(batches)
+    # A TensorFlow iterator that is still alive when Python shuts down waits for threads that wait
+    # for Python: the process would never end.
+    alive = weakref.ref(iterator)
+    atexit.register(lambda: (left := alive()) and left.close())
+    return iterator
+
+
+def eval_examples(
+    source: Source, indices: Iterable[int], threads: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yields (index, image uint8 [H, W, 3], label uint8 [H, W]) for `indices`, in their order.
+
+    threads: how many read at the same time (0 = all cores); twice as many examples are read ahead.
+    What `source.read` raises comes out where its example would have.
+    """
+    threads = threads or os.cpu_count() or 1
+    pool = ThreadPoolExecutor(threads)
+    pending: deque = deque()
+    try:
+        for index in indices:
+            pending.append((index, pool.submit(source.read, index)))
+            if len(pending) > 2 * threads:
+                index, future = pending.popleft()
+                yield index, *future.result()
+        while pending:
+            index, future = pending.popleft()
+            yield index, *future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _shuffled(
+    slot: tf.Tensor | np.ndarray, epoch: tf.Tensor | np.int64, length: int, seed: int
+) -> tf.Tensor:
+    """Example at place `slot` (scalar or vector, int64) of the epoch's permutation."""
+    words = tf.stack([tf.constant(seed & 0xFFFFFFFF, tf.int64), tf.cast(epoch, tf.int64)])
+    return tf.random.experimental.index_shuffle(slot, seed=words, max_index=length - 1)
+
+
+def _key(seed: int, position: int) -> np.ndarray:
+    """Philox's 128-bit key: another stream for every pair of seed and example number."""
+    return np.array([seed & 0xFFFFFFFFFFFFFFFF, position], np.uint64)
+
+
+def _checked(batches: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
+    for batch in batches.as_numpy_iterator():
+        for error in batch.pop('error'):
+            if error:
+                raise UserError(error.decode())
+        yield batch

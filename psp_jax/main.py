@@ -1,0 +1,145 @@
+"""The command line: `python -m psp_jax.main --config configs/camvid.py`.
+
+Heavy modules are imported only once the flags are known to be good, so that --help and a misspelt
+flag answer at once.
+"""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from psp_jax.errors import UserError
+
+FLAGS = ('--config', '--workdir', '--mode', '--checkpoint', '--help')
+EPILOG = """\
+modes:
+  train  train, evaluate and checkpoint as the config says; where DIR holds a checkpoint, the run
+         continues from it
+  eval   score a checkpoint and write DIR/eval/metrics.json; without --config, the checkpoint's own
+         configuration is used
+
+keys: psp_jax/config.py lists them all with their defaults. A value has the type of the default:
+  --config.total_steps=1000  --config.data.root=/data/ade  --config.model.reduce=false
+  '--config.data.crop=(65, 129)'
+
+examples:
+  python -m psp_jax.main --config configs/scenes.py
+  python -m psp_jax.main --config configs/ade20k.py:depth=101,recipe=paper --workdir runs/r101
+  python -m psp_jax.main --mode eval --workdir runs/r101 --checkpoint best
+
+exit codes: 0 done, 2 an error of the user's (one line on stderr says which), 130 interrupted
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are user errors as all others: one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f'{message} (see --help)')
+
+
+def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and the `--config.key=value` words in their order.
+
+    Raises UserError for an unknown flag, a missing or an illegal value.
+    """
+    overrides, words = split_overrides(argv)
+    parser = Parser(
+        prog='python -m psp_jax.main', allow_abbrev=False, epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage='%(prog)s --config configs/NAME.py[:arg=value,...] [--workdir DIR] [--mode MODE] '
+              '[--config.key=value ...]',
+        description='Trains and evaluates PSPNet.')
+    parser.add_argument('--config', metavar='FILE[:ARGS]',
+                        help='a config file and its arguments: configs/ade20k.py:depth=101')
+    parser.add_argument('--workdir', metavar='DIR',
+                        help='where checkpoints and results go (default: runs/NAME of the config)')
+    parser.add_argument('--mode', choices=('train', 'eval'), default='train',
+                        help='train (default) or eval')
+    parser.add_argument('--checkpoint', metavar='WHICH',
+                        help='for eval: latest (default), best, a step number or a path')
+    flags, unknown = parser.parse_known_args(words)
+    if unknown and unknown[0].startswith('-'):
+        from psp_jax.config import nearest
+        flag = unknown[0].partition('=')[0]
+        parser.error(f'flag {flag} is unknown; did you mean {nearest(flag, FLAGS)}?')
+    if unknown:
+        parser.error(f'{unknown[0]!r} belongs to no flag')
+    if flags.mode == 'train' and flags.config is None:
+        parser.error('--mode train needs --config, such as --config configs/scenes.py')
+    if flags.mode == 'train' and flags.checkpoint is not None:
+        parser.error('--checkpoint is for --mode eval; training continues from --workdir')
+    if flags.workdir is None and flags.config is None:
+        parser.error('--mode eval needs --config or --workdir')
+    return flags, overrides
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(`--config.key=value` and `--config.key value` words, all other words), order kept."""
+    overrides: list[str] = []
+    others: list[str] = []
+    wants_value = False
+    for word in argv:
+        is_override = word.startswith('--config.')
+        is_value = wants_value and not word.startswith('--')
+        (overrides if is_override or is_value else others).append(word)
+        wants_value = is_override and '=' not in word
+    return overrides, others
+
+
+def run(argv: Sequence[str]) -> None:
+    """Does what the flags say; raises UserError for what is the user's to mend."""
+    flags, overrides = parse_flags(argv)
+    from psp_jax.config import config_name, load_config
+    config = load_config(flags.config, overrides) if flags.config else None
+    name = config_name(flags.config) if flags.config else os.path.basename(
+        os.path.normpath(flags.workdir))
+    workdir = flags.workdir or os.path.join('runs', name)
+
+    quieten_libraries()
+    if config is not None and flags.mode == 'train':
+        from psp_jax import train
+        train.train_and_evaluate(config, workdir, name)
+    else:
+        from psp_jax import evaluate
+        evaluate.evaluate_checkpoint(config, workdir, flags.checkpoint or 'latest', overrides)
+
+
+def quieten_libraries() -> None:
+    """Keeps the chatter of TensorFlow, absl and orbax off the terminal; warnings stay."""
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # read when TensorFlow is imported
+    from absl import logging
+    logging.set_verbosity(logging.WARNING)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether the error, of Python or of a library's C++, says that a disk is full."""
+    return (getattr(error, 'errno', None) == errno.ENOSPC
+            or os.strerror(errno.ENOSPC) in str(error))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f'psp_jax: error: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('psp_jax: interrupted', file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        where = getattr(error, 'filename', None) or 'the working directory'
+        print(f'psp_jax: error: no space left on the disk of {where}; free some and run the same '
+              'command again', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Confusion matrices and the numbers read off them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def confusion_matrix(predictions: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
+    """Counts pixels by (label, prediction), ignoring label 255: int32[classes, classes].
+
+    Made of float32 one-hot products, exact below 2**24 pixels a call.
+    """
+    rows = jax.nn.one_hot(labels.reshape(-1), classes, dtype=jnp.float32)  # 255 gives a zero row
+    columns = jax.nn.one_hot(predictions.reshape(-1), classes, dtype=jnp.float32)
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.einsum('pi,pj->ij', rows, columns, precision=highest).astype(jnp.int32)
+
+
+def scores(confusion: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
+    """The figures of `metrics.json` from int64[classes, classes] of (label, prediction) counts.
+
+    `mIoU` is the mean over the classes whose union is not empty (mmsegmentation's and
+    cityscapesscripts' way), `mIoU_all` counts an empty class as 0 (semseg's way); `mAcc` and
+    `mAcc_all` likewise for the share of a class's own pixels that are right. `allAcc` is the share
+    of all valid pixels. `pixels` is the number of labelled pixels. A class without union has an
+    `iou` of None, one without pixels an `acc` of None.
+    """
+    right = np.diag(confusion).astype(float)
+    labelled, predicted = confusion.sum(1), confusion.sum(0)
+    union = labelled + predicted - right
+
+    def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+        return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
+
+    def mean(values: np.ndarray) -> float:
+        present = values[~np.isnan(values)]
+        return float(present.mean()) if present.size else 0.0
+
+    iou, acc = ratio(right, union), ratio(right, labelled)
+    return {
+        'mIoU': mean(iou),
+        'mIoU_all': float(np.nan_to_num(iou).mean()),
+        'mAcc': mean(acc),
+        'mAcc_all': float(np.nan_to_num(acc).mean()),
+        'allAcc': float(right.sum() / max(labelled.sum(), 1)),
+        'classes': [
+            {
+                'id': i,
+                'name': name,
+                'iou': None if np.isnan(iou[i]) else float(iou[i]),
+                'acc': None if np.isnan(acc[i]) else float(acc[i]),
+                'pixels': int(labelled[i]),
+            }
+            for i, name in enumerate(names)
+        ],
+    }

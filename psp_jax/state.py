@@ -1,0 +1,46 @@
+"""What a training run carries from step to step."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from psp_jax.model.pspnet import PSPNet
+
+
+@flax.struct.dataclass
+class TrainState:
+    """`step` counts the finished steps (int32 scalar); the rest are trees of arrays."""
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def init_variables(model: PSPNet, seed: int) -> dict[str, Any]:
+    """Fresh `params` and `batch_stats`, a function of the seed alone."""
+    key = jax.random.key(seed)
+    # Parameters do not depend on the image size; 33 x 33 is the smallest that every part accepts.
+    images = jnp.zeros((1, 33, 33, 3), model.dtype)
+    return model.init({'params': key, 'dropout': key}, images, True)
+
+
+def create_state(model: PSPNet, tx: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step."""
+    variables = init_variables(model, seed)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables['params'],
+        batch_stats=variables['batch_stats'],
+        opt_state=tx.init(variables['params']),
+    )
+
+
+def enable_float64(config: ConfigDict) -> None:
+    """Lets JAX compute in float64 where the configuration asks for it (for exact comparisons)."""
+    if config.dtype == 'float64':
+        jax.config.update('jax_enable_x64', True)

@@ -1,0 +1,232 @@
+"""A training run, from the configuration to the last checkpoint."""
+
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from psp_jax import checkpoint, evaluate, optimizer, report
+from psp_jax.config import from_json, resume_differences, to_json
+from psp_jax.data.labels import label_space
+from psp_jax.data.pipeline import example_index, train_batches
+from psp_jax.data.sources import Source, check_source, make_source
+from psp_jax.errors import UserError
+from psp_jax.losses import segmentation_loss
+from psp_jax.mesh import make_mesh, on_devices, put_batch, replicated, split_batch
+from psp_jax.model import pspnet
+from psp_jax.model.resample import resize_matrix
+from psp_jax.state import TrainState, create_state, enable_float64, init_variables
+
+
+def train_step(
+    state: TrainState, batch: dict[str, jax.Array], *, model: pspnet.PSPNet,
+    tx: optax.GradientTransformation, config: ConfigDict,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of SGD on the global batch: the next state, and scalars about this step.
+
+    batch: 'image' uint8 [B, H, W, 3], 'label' uint8 [B, H, W] (255 = ignore). Scalars: loss,
+    loss_main and loss_aux (mean over the valid pixels of the global batch), learning_rate, and
+    finite (whether the loss and every updated value are).
+    """
+    images = pspnet.normalise(batch['image'], config)
+    labels = batch['label']
+    dropout = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+    def loss_fn(params: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+        (logits, aux_logits), updates = model.apply(
+            {'params': params, 'batch_stats': state.batch_stats}, images, True,
+            mutable=['batch_stats'], rngs={'dropout': dropout},
+        )
+        matrices = [
+            resize_matrix(logits.shape[axis], labels.shape[axis], model.align_corners)
+            for axis in (1, 2)
+        ]
+        losses = {'loss_main': segmentation_loss(logits, labels, *matrices)}
+        loss = losses['loss_main']
+        if aux_logits is not None:
+            losses['loss_aux'] = segmentation_loss(aux_logits, labels, *matrices)
+            loss += config.loss.aux_weight * losses['loss_aux']
+        return loss, (losses, updates['batch_stats'])
+
+    (loss, (losses, batch_stats)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+        state.params
+    )
+    rate = optimizer.learning_rate(state.step, config.optimizer, config.total_steps)
+    updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: p - rate.astype(p.dtype) * u, state.params, updates)
+    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((loss, params, batch_stats))]
+    state = TrainState(state.step + 1, params, batch_stats, opt_state)
+    scalars = {'loss': loss, **losses, 'learning_rate': rate, 'finite': jnp.stack(finite).all()}
+    return state, scalars
+
+
+def compile_step(
+    mesh: jax.sharding.Mesh, model: pspnet.PSPNet, tx: optax.GradientTransformation,
+    config: ConfigDict,
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+    """`train_step` jitted over the mesh: state replicated and donated, batch split."""
+    return jax.jit(
+        lambda state, batch: train_step(state, batch, model=model, tx=tx, config=config),
+        donate_argnums=0,
+        in_shardings=(replicated(mesh), split_batch(mesh)),
+        out_shardings=(replicated(mesh), replicated(mesh)),
+    )
+
+
+def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainState:
+    """Trains as `config` says, continuing from the newest checkpoint in `workdir` if it has one.
+
+    Raises UserError for bad data, a checkpoint that does not fit and a loss that is not finite.
+    """
+    # ---- Devices
+    enable_float64(config)
+    mesh = make_mesh(config.mesh.data, config.batch_size)
+    report.say(
+        f'psp_jax {name}: {mesh.size} {jax.devices()[0].platform} device(s), '
+        f'{jax.process_count()} process(es), workdir {workdir}'
+    )
+
+    # ---- Data: bad files are found before anything is compiled
+    source, eval_source = (make_source(config.data, s) for s in ('train', config.eval.split))
+    for checked in (source, eval_source):
+        check_source(checked)
+    report.say(
+        f'data: {source.length} training images, {eval_source.length} of '
+        f'{config.eval.split!r}; {config.total_steps} steps of {config.batch_size} are '
+        f'{config.total_steps * config.batch_size / source.length:.1f} epochs'
+    )
+    if config.batch_size != config.optimizer.recipe_batch_size:
+        report.say(
+            f'note: batch_size {config.batch_size} is not the recipe\'s '
+            f'{config.optimizer.recipe_batch_size}: learning rate and batch statistics differ'
+        )
+
+    # ---- Network and optimizer; the state is born on the devices it will live on
+    model = pspnet.build(config)
+    params = jax.eval_shape(lambda: init_variables(model, config.seed))['params']
+    tx = optimizer.make_optimizer(params, config.optimizer)
+    report.say(optimizer.table(params, config.optimizer))
+    make_state = jax.jit(
+        lambda: create_state(model, tx, config.seed), out_shardings=replicated(mesh)
+    )
+    step_fn = compile_step(mesh, model, tx, config)
+    evaluate_fn = evaluate.make_evaluator(config, model, eval_source)
+
+    # ---- A run that was interrupted goes on
+    manager = checkpoint.open_manager(workdir, config.checkpoint_keep)
+    first = manager.latest_step() or 0
+    if first:
+        path = checkpoint.directory(workdir)
+        check_resume(from_json(checkpoint.read_meta(path, first)['config']), config, path / str(first))
+        state = checkpoint.restore(path, first, on_devices(jax.eval_shape(make_state), mesh))
+        report.say(f'continuing from step {first} of {path / str(first)}')
+    else:
+        state = make_state()
+
+    # ---- The loop. Order matters: a step is dispatched before the last one's scalars are read, so
+    # that the device never waits for the host; and a state is saved only once its own scalars are
+    # known to be finite.
+    writer = report.Writer(workdir)
+    batches = train_batches(
+        source, config, start_step=first,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )
+    speed, interval = report.Speed(), []
+
+    def next_batch() -> dict[str, jax.Array]:
+        start = time.perf_counter()
+        host = next(batches)
+        speed.waited += time.perf_counter() - start
+        return put_batch({name: host[name] for name in ('image', 'label')}, mesh)
+
+    def read(step: int, scalars: dict[str, jax.Array]) -> None:
+        values = {name: value.item() for name, value in jax.device_get(scalars).items()}
+        speed.steps += 1
+        if not values.pop('finite'):
+            raise UserError(not_finite(step, values['loss'], source, config))
+        interval.append(values)
+        if step % config.log_every and step != config.total_steps:
+            return
+        seconds, wait = speed.read()
+        means = {name: float(np.mean([v[name] for v in interval])) for name in values}
+        means |= {
+            'learning_rate': values['learning_rate'], 'seconds_per_step': seconds,
+            'images_per_second': config.batch_size / seconds, 'data_wait': wait,
+        }
+        interval.clear()
+        writer.scalars(step, means)
+        report.say(report.step_line(step, config.total_steps, means))
+
+    try:
+        unread = None
+        batch = next_batch() if first < config.total_steps else None
+        for step in range(first + 1, config.total_steps + 1):
+            state, scalars = step_fn(state, batch)
+            batch = next_batch() if step < config.total_steps else None
+            if unread:
+                read(*unread)
+            unread = step, scalars
+
+            evaluated = step % config.eval_every == 0 or step == config.total_steps
+            if not evaluated and step % config.checkpoint_every:
+                continue
+            read(*unread)
+            unread, result = None, None
+            if evaluated:
+                variables = {'params': state.params, 'batch_stats': state.batch_stats}
+                result = evaluate_fn(variables, step)
+                report_evaluation(result, config, workdir, writer)
+            meta = {'config': to_json(config), 'versions': versions()}
+            checkpoint.save(manager, step, state, meta, result and result.scores)
+            speed.reset()
+    finally:
+        manager.wait_until_finished()
+        manager.close()
+        writer.close()
+    return state
+
+
+def check_resume(saved: ConfigDict, config: ConfigDict, where: Any) -> None:
+    """Raises UserError where a resumed run would not be the run that was begun."""
+    differences = resume_differences(saved, config)
+    if differences:
+        raise UserError(
+            f'{where} was trained otherwise: {"; ".join(differences)}. Use the same values, or '
+            'another --workdir'
+        )
+
+
+def not_finite(step: int, loss: float, source: Source, config: ConfigDict) -> str:
+    """What to tell of a step whose loss or parameters became NaN or infinite."""
+    positions = np.arange((step - 1) * config.batch_size, step * config.batch_size)
+    names = [source.name(int(i)) for i in example_index(positions, source.length, config.seed)]
+    return (
+        f'step {step}: the loss ({loss}) or an updated parameter is not finite; nothing was saved '
+        f'after it. Lower optimizer.learning_rate, or look at its examples: {", ".join(names)}'
+    )
+
+
+def report_evaluation(
+    result: evaluate.Result, config: ConfigDict, workdir: str, writer: report.Writer
+) -> None:
+    """Files, the table and TensorBoard for one evaluation during training."""
+    scores = result.scores
+    evaluate.write_result(result, config, workdir)
+    report.say(report.class_table(scores))
+    report.say(f'step {scores["step"]}  {report.headline(scores)}')
+    names = ('mIoU', 'mIoU_all', 'mAcc', 'allAcc', 'loss')
+    writer.scalars(scores['step'], {f'{scores["split"]}/{name}': scores[name] for name in names})
+    if result.panels:
+        panels = report.draw_panels(result.panels, label_space(config.data.classes))
+        writer.image(scores['step'], 'panels', panels)
+
+
+def versions() -> dict[str, str]:
+    """The libraries that a checkpoint was made with."""
+    return {name: metadata.version(name) for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')}

@@ -1,0 +1,173 @@
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from psp_jax.data import scenes
+from psp_jax.data.scenes import HARBOUR, NAMES, STREET, draw, draw_kind, scene_kind
+
+CAR, BOAT = NAMES.index('car'), NAMES.index('boat')
+BOTH_KINDS = [(draw_kind(i, STREET), draw_kind(i, HARBOUR)) for i in range(60)]
+
+
+def digest(indices) -> str:
+    """One hash of many pictures and labels."""
+    return hashlib.sha256(b''.join(a.tobytes() for i in indices for a in draw(i))).hexdigest()
+
+
+def test_a_scene_is_a_colour_picture_with_a_label_for_each_pixel():
+    assert scenes.HEIGHT % 8 == scenes.WIDTH % 8 == 1
+    for index in (0, 1, 2, 12345, 10**9):
+        image, label = draw(index)
+        assert image.dtype == np.uint8 and image.shape == (scenes.HEIGHT, scenes.WIDTH, 3)
+        assert label.dtype == np.uint8 and label.shape == (scenes.HEIGHT, scenes.WIDTH)
+        assert label.max() < len(NAMES)
+        assert image.std() > 20  # neither blank nor flat
+
+
+def test_ten_classes_have_ten_names_and_ten_colours():
+    assert len(set(NAMES)) == 10
+    assert scenes.COLORS.shape == (10, 3) and scenes.COLORS.dtype == np.uint8
+    assert len({tuple(color) for color in scenes.COLORS.tolist()}) == 10
+
+
+def test_a_scene_depends_on_its_index_alone():
+    first = [draw(i) for i in range(20)]
+    for index in reversed(range(20)):  # in another order
+        for one, other in zip(first[index], draw(index), strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert len({image.tobytes() for image, _ in first}) == 20
+
+
+def test_a_fresh_process_draws_the_same_bytes():
+    code = (
+        'import hashlib\nfrom psp_jax.data.scenes import draw\n'
+        'parts = [a.tobytes() for i in range(30) for a in draw(i)]\n'
+        'print(hashlib.sha256(b"".join(parts)).hexdigest())'
+    )
+    fresh = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True)
+    assert fresh.stdout.strip() == digest(range(30))
+    assert fresh.stdout.strip() != digest(range(1, 31))
+
+
+def test_a_negative_index_is_refused():
+    with pytest.raises(ValueError):
+        draw(-1)
+
+
+def test_half_of_the_scenes_are_streets_and_half_are_mirrored():
+    count = 600
+    assert abs(sum(scene_kind(i) == STREET for i in range(count)) / count - 0.5) < 0.07
+    right = sum(np.argwhere(draw(i)[1] >= CAR)[:, 1].mean() > scenes.WIDTH / 2 for i in range(200))
+    assert 70 < right < 130
+
+
+def test_a_street_has_cars_and_buildings_and_a_harbour_boats_water_and_a_crane():
+    cues = {'street': {'building'}, 'harbour': {'water', 'crane'}}
+    for (_, street), (_, harbour) in BOTH_KINDS:
+        in_street = {NAMES[i] for i in np.unique(street)}
+        in_harbour = {NAMES[i] for i in np.unique(harbour)}
+        assert in_street >= cues['street'] | {'car'}
+        assert not in_street & (cues['harbour'] | {'boat'})
+        assert in_harbour >= cues['harbour'] | {'boat'}
+        assert not in_harbour & (cues['street'] | {'car'})
+
+
+def test_the_drawn_scene_is_the_one_of_its_kind():
+    for index, kinds in enumerate(BOTH_KINDS):
+        for one, other in zip(kinds[scene_kind(index)], draw(index), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_a_car_and_a_boat_are_the_same_pixels_on_the_same_surroundings():
+    for (street, street_label), (harbour, harbour_label) in BOTH_KINDS:
+        np.testing.assert_array_equal(street_label == CAR, harbour_label == BOAT)
+        rows, columns = np.nonzero(street_label == CAR)
+        box = (
+            slice(max(rows.min() - 8, 0), rows.max() + 9),
+            slice(max(columns.min() - 8, 0), columns.max() + 9),
+        )
+        np.testing.assert_array_equal(street[box], harbour[box])
+        np.testing.assert_array_equal(
+            np.where(street_label == CAR, BOAT, street_label)[box], harbour_label[box]
+        )
+
+
+def test_nothing_within_the_cue_distance_tells_the_kind():
+    for index, ((street, street_label), (harbour, harbour_label)) in enumerate(BOTH_KINDS):
+        vehicle = street_label == CAR
+        differs = (street != harbour).any(-1) | ((street_label != harbour_label) & ~vehicle)
+        columns, cues = np.nonzero(vehicle.any(0))[0], np.nonzero(differs.any(0))[0]
+        gap = max(cues.min() - columns.max(), columns.min() - cues.max())  # along the row alone
+        assert gap >= scenes.CUE_DISTANCE
+        assert gap <= scenes.cue_distance(index) < scenes.WIDTH
+
+
+def test_the_cue_distance_is_that_of_a_plain_loop_over_pixels(monkeypatch):
+    def two_pictures(index, kind):
+        image, label = np.zeros((12, 20, 3), np.uint8), np.zeros((12, 20), np.uint8)
+        label[3:5, 2:5] = CAR if kind == STREET else BOAT
+        image[8:10, 10:14] = kind  # differs in colour
+        label[11, 9] = kind  # differs in label
+        return image, label
+
+    monkeypatch.setattr(scenes, 'draw_kind', two_pictures)
+    cues = [(y, x) for y in (8, 9) for x in range(10, 14)] + [(11, 9)]
+    expected = min(
+        ((y - v) ** 2 + (x - u) ** 2) ** 0.5
+        for y, x in cues for v in (3, 4) for u in (2, 3, 4)
+    )  # fmt: skip
+    assert scenes.cue_distance(0) == pytest.approx(expected)
+
+
+def test_each_class_covers_half_a_percent_of_the_pixels():
+    labels = np.stack([draw(i)[1] for i in range(300)])
+    shares = np.bincount(labels.ravel(), minlength=len(NAMES)) / labels.size
+    assert shares.min() >= 0.005, dict(zip(NAMES, shares, strict=True))
+
+
+def patches(indices, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """5x5 colour patches `float32[N, 75]` and the class of their middles `uint8[N]`."""
+    features, classes = [], []
+    for index in indices:
+        image, label = draw(index)
+        first = index % step
+        windows = np.lib.stride_tricks.sliding_window_view(image, (5, 5), (0, 1))
+        features.append(windows[first::step, first::step].reshape(-1, 75))
+        classes.append(label[2:-2, 2:-2][first::step, first::step].ravel())
+    return np.concatenate(features).astype(np.float32), np.concatenate(classes)
+
+
+def test_five_by_five_colour_patches_do_not_tell_the_classes():
+    # 1000 random rectified features of the whitened patch, ridge regression on the classes, the rare
+    # ones weighted up: what a good local classifier gets out of colour and texture
+    seen, seen_class = patches(range(1000, 1200), 5)
+    unseen, unseen_class = patches(range(60), 5)
+    mean, (variance, axes) = seen.mean(0), np.linalg.eigh(np.cov(seen.T))
+    whiten = axes / np.sqrt(variance + 100)  # about the noise of the camera
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(75, 1000)) / np.sqrt(75)
+    bias = rng.uniform(-1, 1, 1000)
+
+    def hidden(x: np.ndarray) -> np.ndarray:
+        return np.maximum((x - mean) @ (whiten @ weights) + bias, 0)
+
+    importance = (np.bincount(seen_class) ** -0.8)[seen_class]
+    importance /= importance.mean()
+    features = hidden(seen)
+    weighted = features.T * importance
+    solution = np.linalg.solve(
+        weighted @ features + np.eye(1000), weighted @ np.eye(10)[seen_class]
+    )
+    predicted = (hidden(unseen) @ solution).argmax(1)
+
+    iou = np.array([
+        np.sum((predicted == c) & (unseen_class == c))
+        / np.sum((predicted == c) | (unseen_class == c))
+        for c in range(10)
+    ])  # fmt: skip
+    print('patch classifier:', dict(zip(NAMES, iou.round(3), strict=True)), 'mean', iou.mean())
+    assert iou[NAMES.index('sky')] > 0.5 and iou.mean() > 0.25  # it did learn
+    assert iou.mean() <= 0.45
