@@ -1,8 +1,8 @@
 # make demo    train on the built-in scenes, evaluate, and leave a picture and metrics.json
 # make test    linters and the fast tests; make test-slow: the others
 # make bench   the benchmarks
-# Each sets up .venv first, with PYTHON if given and else the newest of Python 3.11 to 3.13 that is
-# `python3` or named by its version; .venv is used again until the requirements change.
+# Each sets up .venv first, with the Python that PYTHON names, or else python3 if it is 3.11 to 3.13,
+# or else python3.13, python3.12 or python3.11. .venv is used again until the requirements change.
 
 SHELL := /bin/bash
 RUN := .venv/bin/python
@@ -33,13 +33,13 @@ clean:
 	rm -rf .venv
 
 .venv/bin/python:
-	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	@for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
 	    "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	        2>/dev/null && found="$$python" && break; \
 	done; \
 	if [ -z "$$found" ]; then \
-	    echo 'psp_jax needs Python 3.11, 3.12 or 3.13, and python3 is none of them; install one, or' >&2; \
-	    echo 'name it: make PYTHON=/path/to/python3.12 ...' >&2; \
+	    echo 'psp_jax: error: $(or $(PYTHON),python3) is not Python 3.11, 3.12 or 3.13; install one of' \
+	        'these, or say where it is: make PYTHON=/path/to/python3.12 ...' >&2; \
 	    exit 1; \
 	fi; \
 	echo "$$("$$found" --version): setting up .venv"; "$$found" -m venv .venv

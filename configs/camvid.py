@@ -1,7 +1,10 @@
 """PSPNet-18 from scratch on CamVid's eleven classes: real photographs on a laptop.
 
 Command:  python -m psp_jax.main --config configs/camvid.py
-          arguments: depth=18, seed=0
+
+Arguments:
+  depth=18          18 | 34 | 50 | 101 | 152 | 269
+  seed=0
 
 Expect:   about 0.40 mIoU and 0.85 pixel accuracy on the 101 validation images after 800 steps of
           batch 8, without pretrained weights.

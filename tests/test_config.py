@@ -57,8 +57,9 @@ def test_defaults_are_the_papers_recipe():
         'optimizer.learning_rate': 0.01, 'optimizer.power': 0.9, 'optimizer.momentum': 0.9,
         'optimizer.weight_decay': 0.0001, 'batch_size': 16, 'total_steps': 150000,
         'loss.aux_weight': 0.4, 'data.scale': (0.5, 2), 'data.rotate': 10,
-        'model.bins': (1, 2, 3, 6), 'data.crop': 473, 'optimizer.head_multiplier': 10, 'optimizer.warmup_steps': 0,
-        'optimizer.recipe_batch_size': 16, 'model.dropout': 0.1, 'model.dilation': 'full',
+        'model.bins': (1, 2, 3, 6), 'data.crop': 473, 'optimizer.head_multiplier': 10,
+        'optimizer.warmup_steps': 0, 'optimizer.recipe_batch_size': 16, 'model.dropout': 0.1,
+        'model.dilation': 'full',
     }
     flat = flatten(default_config())
     assert {key: flat[key] for key in paper} == paper

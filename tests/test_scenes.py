@@ -129,45 +129,54 @@ def test_each_class_covers_half_a_percent_of_the_pixels():
 
 
 def patches(indices, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """5x5 colour patches `float32[N, 75]` and the class of their middles `uint8[N]`."""
-    features, classes = [], []
+    """5x5 colour patches `float32[N, 3, 5, 5]` and the class of their middles `uint8[N]`."""
+    pixels, classes = [], []
     for index in indices:
         image, label = draw(index)
         first = index % step
         windows = np.lib.stride_tricks.sliding_window_view(image, (5, 5), (0, 1))
-        features.append(windows[first::step, first::step].reshape(-1, 75))
+        pixels.append(windows[first::step, first::step].reshape(-1, 3, 5, 5))
         classes.append(label[2:-2, 2:-2][first::step, first::step].ravel())
-    return np.concatenate(features).astype(np.float32), np.concatenate(classes)
+    return np.concatenate(pixels).astype(np.float32), np.concatenate(classes)
+
+
+def descriptor(patch: np.ndarray) -> np.ndarray:
+    """What one would measure by hand: colour, hue, extremes and the texture in both directions."""
+    mean, grey = patch.mean((2, 3)), patch.mean(1)
+    across = np.abs(np.diff(patch, axis=3)).mean((2, 3))
+    down = np.abs(np.diff(patch, axis=2)).mean((2, 3))
+    rows, columns = grey.mean(2).std(1), grey.mean(1).std(1)
+    extremes = [patch.min((2, 3)), patch.max((2, 3)), patch[:, :, 2, 2], patch.std((2, 3))]
+    hue = [np.sort(mean, 1), mean / (mean.sum(1, keepdims=True) + 1)]
+    return np.concatenate([mean, *hue, across, down, *extremes, np.stack([rows, columns], 1)], 1)
 
 
 def test_five_by_five_colour_patches_do_not_tell_the_classes():
-    # 1000 random rectified features of the whitened patch, ridge regression on the classes, the rare
-    # ones weighted up: what a good local classifier gets out of colour and texture
+    # 600 random rectified features of the whitened descriptor, ridge regression on the classes, the
+    # rare ones weighted up: better than the same on the 75 numbers of the patch
     seen, seen_class = patches(range(1000, 1200), 5)
     unseen, unseen_class = patches(range(60), 5)
-    mean, (variance, axes) = seen.mean(0), np.linalg.eigh(np.cov(seen.T))
-    whiten = axes / np.sqrt(variance + 100)  # about the noise of the camera
+    seen, unseen = descriptor(seen), descriptor(unseen)
+    mean, deviation = seen.mean(0), seen.std(0)
+    variance, axes = np.linalg.eigh(np.corrcoef(seen.T))
     rng = np.random.default_rng(0)
-    weights = rng.normal(size=(75, 1000)) / np.sqrt(75)
-    bias = rng.uniform(-1, 1, 1000)
+    weights = axes / np.sqrt(variance + 0.2) @ rng.normal(size=(len(axes), 600)) / len(axes) ** 0.5
+    bias = rng.uniform(-1, 1, 600)
 
     def hidden(x: np.ndarray) -> np.ndarray:
-        return np.maximum((x - mean) @ (whiten @ weights) + bias, 0)
+        return np.maximum((x - mean) / deviation @ weights + bias, 0)
 
-    importance = (np.bincount(seen_class) ** -0.8)[seen_class]
+    importance = (np.bincount(seen_class) ** -0.5)[seen_class]
     importance /= importance.mean()
     features = hidden(seen)
     weighted = features.T * importance
-    solution = np.linalg.solve(
-        weighted @ features + np.eye(1000), weighted @ np.eye(10)[seen_class]
-    )
+    solution = np.linalg.solve(weighted @ features + np.eye(600), weighted @ np.eye(10)[seen_class])
     predicted = (hidden(unseen) @ solution).argmax(1)
 
-    iou = np.array([
-        np.sum((predicted == c) & (unseen_class == c))
-        / np.sum((predicted == c) | (unseen_class == c))
-        for c in range(10)
-    ])  # fmt: skip
-    print('patch classifier:', dict(zip(NAMES, iou.round(3), strict=True)), 'mean', iou.mean())
-    assert iou[NAMES.index('sky')] > 0.5 and iou.mean() > 0.25  # it did learn
+    both = np.array([np.sum((predicted == c) & (unseen_class == c)) for c in range(10)])
+    either = np.array([np.sum((predicted == c) | (unseen_class == c)) for c in range(10)])
+    iou = both / either
+    print('patch classifier:', dict(zip(NAMES, iou.round(3).tolist(), strict=True)), iou.mean())
+    # it did learn: the most frequent class everywhere would score below 0.04
+    assert iou[NAMES.index('sky')] > 0.5 and iou.mean() > 0.28
     assert iou.mean() <= 0.45

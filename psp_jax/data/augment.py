@@ -38,8 +38,8 @@ def augment(
     # OpenCV's size of a resized picture; Python's round is half to even, as cvRound is.
     canvas_h = max(1, round(label.shape[0] * scale))
     canvas_w = max(1, round(label.shape[1] * scale))
-    rows, out_rows = _visible(canvas_h, crop_h, u_row)
-    columns, out_columns = _visible(canvas_w, crop_w, u_column)
+    rows, above, below = _visible(canvas_h, crop_h, u_row)
+    columns, before, after = _visible(canvas_w, crop_w, u_column)
     mirror = u_mirror < data.mirror
     if mirror:
         columns = slice(canvas_w - columns.stop, canvas_w - columns.start)
@@ -48,17 +48,17 @@ def augment(
     blur = u_blur < data.blur
     part = _warp_image(image, scale, to_canvas, (canvas_h, canvas_w), (rows, columns), fill, blur)
     label_part = _warp_label(label, scale, to_canvas, (canvas_h, canvas_w), (rows, columns))
-    step = -1 if mirror else 1
-    out_image = np.empty((crop_h, crop_w, 3), np.uint8)
-    out_image[:] = fill
-    out_image[out_rows, out_columns] = part[:, ::step]
-    out_label = np.full((crop_h, crop_w), IGNORE, np.uint8)
-    out_label[out_rows, out_columns] = label_part[:, ::step]
-    return out_image, out_label
+    if mirror:
+        part, label_part = cv2.flip(part, 1), cv2.flip(label_part, 1)
+    border = (above, below, before, after, cv2.BORDER_CONSTANT)
+    return (
+        cv2.copyMakeBorder(part, *border, value=fill.tolist()),
+        cv2.copyMakeBorder(label_part, *border, value=IGNORE),
+    )
 
 
-def _visible(canvas: int, crop: int, u: float) -> tuple[slice, slice]:
-    """Along one axis: the part of the canvas that the crop shows, and where in the crop it lies.
+def _visible(canvas: int, crop: int, u: float) -> tuple[slice, int, int]:
+    """Along one axis: the part of the canvas that the crop shows, and the padding before and after.
 
     The canvas is padded to the crop's size, half (rounded down) before it; the crop begins at a
     uniform offset, both ends included.
@@ -66,7 +66,7 @@ def _visible(canvas: int, crop: int, u: float) -> tuple[slice, slice]:
     padded = max(canvas, crop)
     first = int(u * (padded - crop + 1)) - (padded - canvas) // 2
     start, stop = max(first, 0), min(first + crop, canvas)
-    return slice(start, stop), slice(start - first, stop - first)
+    return slice(start, stop), start - first, first + crop - stop
 
 
 def _inverse_rotation(angle: float, height: int, width: int) -> np.ndarray:

@@ -22,7 +22,7 @@ class LabelSpace(NamedTuple):
 
 
 # ADE20K scene parsing, 150 classes, stored as 1..150 with 0 = other (data.label_map = minus_one).
-_ADE20K = '''
+_ADE20K = """
 wall 787878, building b47878, sky 06e6e6, floor 503232, tree 04c803, ceiling 787850,
 road 8c8c8c, bed cc05ff, windowpane e6e6e6, grass 04fa07, cabinet e005ff, sidewalk ebff07,
 person 96053d, earth 787846, door 08ff33, table ff0652, mountain 8fff8c, plant ccff04,
@@ -49,26 +49,26 @@ pot f500ff, animal ff007a, bicycle fff500, lake 0abed4, dishwasher d6ff00, scree
 blanket 1400ff, sculpture ffff00, hood 0099ff, sconce 0029ff, vase 00ffcc, traffic light 2900ff,
 tray 29ff00, ashcan ad00ff, fan 00f5ff, pier 4700ff, crt screen 7a00ff, plate 00ffb8,
 monitor 005cff, bulletin board b8ff00, shower 0085ff, radiator ffd600, glass 19c2c2,
-clock 66ff00, flag 5c00ff'''
+clock 66ff00, flag 5c00ff"""
 
 # PASCAL VOC 2012, background and 20 objects, stored as palette PNG, 255 = void.
-_VOC2012 = '''
+_VOC2012 = """
 background 000000, aeroplane 800000, bicycle 008000, bird 808000, boat 000080, bottle 800080,
 bus 008080, car 808080, cat 400000, chair c00000, cow 408000, diningtable c08000, dog 400080,
 horse c00080, motorbike 408080, person c08080, pottedplant 004000, sheep 804000, sofa 00c000,
-train 80c000, tvmonitor 004080'''
+train 80c000, tvmonitor 004080"""
 
 # Cityscapes, 19 train ids.
-_CITYSCAPES = '''
+_CITYSCAPES = """
 road 804080, sidewalk f423e8, building 464646, wall 66669c, fence be9999, pole 999999,
 traffic light faaa1e, traffic sign dcdc00, vegetation 6b8e23, terrain 98fb98, sky 4682b4,
 person dc143c, rider ff0000, car 00008e, truck 000046, bus 003c64, train 005064,
-motorcycle 0000e6, bicycle 770b20'''
+motorcycle 0000e6, bicycle 770b20"""
 
 # CamVid, the 11 classes of SegNet in its order, stored with 11 = void.
-_CAMVID = '''
+_CAMVID = """
 Sky 808080, Building 800000, Pole c0c080, Road 804080, Pavement 3c28de, Tree 808000,
-SignSymbol c08080, Fence 404080, Car 400080, Pedestrian 404000, Bicyclist 0080c0'''
+SignSymbol c08080, Fence 404080, Car 400080, Pedestrian 404000, Bicyclist 0080c0"""
 _TABLES = {'ade20k': _ADE20K, 'voc2012': _VOC2012, 'cityscapes': _CITYSCAPES, 'camvid': _CAMVID}
 
 # labelIds of Cityscapes that are evaluated, in the order of their train ids.
@@ -97,7 +97,8 @@ def label_space(classes: str) -> LabelSpace:
         'or a number of classes from 1 to 255'
     )
     if spec.isascii() and spec.isdigit():
-        names = tuple(f'class {i}' for i in range(int(spec)))
+        count = int(spec[:4])  # enough digits to see that there are too many
+        names = tuple(f'class {i}' for i in range(count))
     else:
         names = tuple(name.strip() for name in spec.split(','))
         if len(names) < 2 or not all(names):
@@ -137,7 +138,7 @@ def _parse_map(label_map: str) -> dict[int, int]:
     allowed = "use '', 'minus_one', 'cityscapes_ids' or a dict of values 0..255 such as '{11: 255}'"
     try:
         parsed = ast.literal_eval(label_map.strip())
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         raise UserError(f'data.label_map = {label_map!r} is not a label map: {allowed}') from None
     if not isinstance(parsed, dict):
         raise UserError(f'data.label_map = {label_map!r} is not a dict: {allowed}')

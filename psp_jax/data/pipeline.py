@@ -10,7 +10,7 @@ import contextlib
 import os
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -149,7 +149,7 @@ def _key(seed: int, position: int) -> np.ndarray:
     return np.array([seed & 0xFFFFFFFFFFFFFFFF, position], np.uint64)
 
 
-def _checked(batches: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
+def _checked(batches: tf.data.Dataset) -> Generator[dict[str, np.ndarray], None, None]:
     for batch in batches.as_numpy_iterator():
         for error in batch.pop('error'):
             if error:

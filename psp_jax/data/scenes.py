@@ -33,7 +33,7 @@ STREET, HARBOUR = 0, 1  # the two kinds of scene
 CUE_DISTANCE = 40  # no pixel nearer to a car or boat tells a street from a harbour
 
 # Columns, before half of the pictures are mirrored: vehicles on [1, 40], kind of scene from 82 on.
-_VEHICLE_END, _MIDDLE_END, _CUE_START = 41, 80, 82
+_VEHICLE_END, _CUE_START = 41, 82
 
 # One list of paints for walls, cranes, lamps, clothes and vehicles: colour alone names no class.
 _PAINTS = (
@@ -128,9 +128,9 @@ def _dice(index: int, stream: str) -> Dice:
     return lambda low, high: low + next(words) % (high - low + 1)
 
 
-def _pick(dice: Dice, colors: Sequence[Color], spread: int = 18) -> Color:
-    color = colors[dice(0, len(colors) - 1)]
-    return [value + dice(-spread, spread) for value in color]
+def _pick(dice: Dice, colors: Sequence[Color]) -> Color:
+    """One of the colours, each channel of it moved by up to 18 of 255."""
+    return [value + dice(-18, 18) for value in colors[dice(0, len(colors) - 1)]]
 
 
 def _mix(a: Color, b: Color, share: int) -> Color:
@@ -204,9 +204,9 @@ def _sky_and_ground(canvas: _Canvas, dice: Dice, sky: tuple[Color, Color], horiz
 
 def _things(canvas: _Canvas, dice: Dice, horizon: int, vehicle: int) -> None:
     """Trees, lamps and persons before the cue, vehicles at the far end; the nearest drawn last."""
-    for x in range(dice(4, 14), _MIDDLE_END - 10, dice(26, 40)):
-        _tree(canvas, dice, horizon + dice(2, 6), x + dice(0, 6))
-    slots = [48, 61, 74]  # apart from each other, so that most things stay in sight
+    for x in range(dice(4, 14), _VEHICLE_END, dice(23, 28)):
+        _tree(canvas, dice, horizon + dice(2, 6), x)
+    slots = [49, 62, 75]  # apart from each other, so that most things stay in sight
     places = [slots.pop(dice(0, len(slots) - 1)) + dice(-1, 1) for _ in range(dice(2, 3))]
     _lamp(canvas, dice, horizon + dice(10, 20), places[0])
     for foot, x in sorted((dice(horizon + 14, HEIGHT - 4), x) for x in places[1:]):

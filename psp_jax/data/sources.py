@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
@@ -118,7 +119,7 @@ def _read_list(path: str, root: str) -> list[tuple[str, str]]:
     except UnicodeDecodeError:
         raise UserError(f'{path} is not a text file in UTF-8') from None
     pairs = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split('\n'), 1):
         if not line.strip():
             continue
         fields = line.split('\t') if '\t' in line else line.strip().rsplit(' ', 1)
@@ -131,10 +132,11 @@ def _read_list(path: str, root: str) -> list[tuple[str, str]]:
         pairs.append(fields)
     if not pairs:
         raise UserError(f'{path} lists no example')
-    # Lists of PASCAL VOC begin paths with a slash and mean the data set's folder by it. One look
+    # Lists of PASCAL VOC begin paths with a slash and mean the data set's folder by it. One path
     # decides for the whole list, which may be long and on a slow file system.
     slashed = next((field for pair in pairs for field in pair if field.startswith('/')), '')
-    if slashed and root and (_exists(root.rstrip('/') + slashed) or not _exists(slashed)):
+    in_root = _exists(root.rstrip('/') + slashed) or not _exists(os.path.dirname(slashed))
+    if slashed and root and in_root:
         pairs = [[field.lstrip('/') for field in pair] for pair in pairs]
     return [(_join(root, image), _join(root, label)) for image, label in pairs]
 
@@ -182,13 +184,15 @@ def _read_image(path: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            image = ImageOps.exif_transpose(image)
+            if image.mode == 'F':
+                raise ValueError('floating-point grey has no known range')
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith('I'):  # 16-bit grey: Pillow would clip it, not scale it
                 grey = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
                 return np.repeat(grey[:, :, None], 3, axis=2)
-            if image.mode == 'P' and 'transparency' in image.info:
-                image = image.convert('RGBA')
-            return np.asarray(image.convert('RGB'))
+            # Straight to RGB, Pillow warns where a palette has transparency.
+            opaque = image.convert('RGBA') if 'transparency' in image.info else image
+            return np.asarray(opaque.convert('RGB'))
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
         raise _cannot_decode(path, error) from error
 
@@ -200,7 +204,7 @@ def _read_label(path: str) -> np.ndarray:
         with Image.open(io.BytesIO(content)) as image:
             packed = str(image.tile[0][3]) if image.tile else ''
             image.load()
-            mode, values = image.mode, np.asarray(image)
+            mode, values, lossy = image.mode, np.asarray(image), image.format in ('JPEG', 'MPO')
     except Exception as error:
         raise _cannot_decode(path, error) from error
     if not (mode in ('L', 'P', '1') or mode.startswith('I')):
@@ -208,6 +212,8 @@ def _read_label(path: str) -> np.ndarray:
             f'{path} is a label of mode {mode}: labels must be index (grey) or palette PNG, '
             'with one value a pixel'
         )
+    if lossy:
+        raise UserError(f'{path} is a JPEG, which changes label values: labels must be PNG')
     # Pillow stretches grey of 2 or 4 bits to 0..255; the values are what was stored.
     if mode == 'L' and packed in ('L;2', 'L;4'):
         values = values // (85 if packed == 'L;2' else 17)
@@ -229,7 +235,7 @@ def _to_classes(
             value = stored[(stored < 0) | (stored > 255)][0]
             raise UserError(f'{path}: label value {value} is outside 0..255')
         stored = stored.astype(np.uint8)
-    label = table[stored]
+    label = cv2.LUT(stored, table)
     wrong = (label >= classes) & (label != IGNORE)
     if not wrong.any():
         return label
@@ -241,6 +247,8 @@ def _to_classes(
             'is 0 "other"? set data.label_map=minus_one; '
             f"is {value} void? set data.label_map='{{{value}: 255}}'"
         )
+    elif classes == 19 and value <= 33 and not label_map:
+        hint = 'label ids of Cityscapes? set data.label_map=cityscapes_ids'
     raise UserError(
         f'{path}: label value {value}{mapped} is outside the {classes} classes '
         f'0..{classes - 1} and is not {IGNORE} (ignore): {hint}'

@@ -1,0 +1,211 @@
+"""Every config file: its resolved values, its commands, and the networks that it describes.
+
+This writes the golden files anew: UPDATE_GOLDEN=1 .venv/bin/python -m pytest tests/test_configs.py
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import jax
+import pytest
+
+from psp_jax.config import default_config, flatten, from_json, load_config, to_json
+from psp_jax.errors import UserError
+from psp_jax.model import pspnet
+from psp_jax.state import init_variables
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / 'tests' / 'golden' / 'configs'
+NAMES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
+VARIANTS = {
+    **{name: '' for name in NAMES},
+    'ade20k-baseline': 'bins=(),aux=0,augment=false',
+    'ade20k-depth101-semseg': 'depth=101,recipe=semseg',
+    'ade20k-max-unreduced': 'pool=max,reduce=false',
+    'cityscapes-depth18-semseg': 'depth=18,recipe=semseg',
+    'scenes-fcn': 'bins=(),seed=1',
+    'voc2012-depth101-semseg': 'depth=101,recipe=semseg',
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def docstring(name: str) -> str:
+    spec = importlib.util.spec_from_file_location('config_file', f'configs/{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.__doc__
+
+
+# ---- values
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_resolved_configuration_is_the_golden_file(variant):
+    text = to_json(load_config(f'configs/{variant.split("-")[0]}.py:{VARIANTS[variant]}'))
+    path = GOLDEN / f'{variant}.json'
+    if os.environ.get('UPDATE_GOLDEN'):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        pytest.skip(f'wrote {path}')
+    assert text == path.read_text()
+    assert to_json(from_json(text)) == text
+
+
+def test_there_is_a_golden_file_for_each_variant_and_no_other():
+    assert sorted(path.stem for path in GOLDEN.iterdir()) == sorted(VARIANTS)
+
+
+@pytest.mark.parametrize(('config', 'steps', 'crop', 'classes', 'rotate', 'blur'), [
+    # paper, section 5.1 (no rotation and blur on Cityscapes); semseg's epochs x iterations
+    ('ade20k.py:recipe=paper', 150_000, 473, 150, 10, 0.5),
+    ('voc2012.py:recipe=paper', 30_000, 473, 21, 10, 0.5),
+    ('cityscapes.py:recipe=paper', 90_000, 713, 19, 0, 0),
+    ('ade20k.py:recipe=semseg', 100 * 1263, 473, 150, 10, 0.5),
+    ('voc2012.py:recipe=semseg', 50 * 661, 473, 21, 10, 0.5),
+    ('cityscapes.py:recipe=semseg', 200 * 186, 713, 19, 10, 0.5),
+])
+def test_recipes_are_the_published_ones(config, steps, crop, classes, rotate, blur):
+    config = load_config(f'configs/{config}')
+    assert (config.total_steps, config.data.crop) == (steps, crop)
+    assert (config.data.rotate, config.data.blur) == (rotate, blur)
+    assert (config.batch_size, config.optimizer.learning_rate) == (16, 0.01)
+    assert pspnet.build(config).classes == classes
+
+
+def test_without_augmentation_only_the_crop_is_random():
+    data = load_config('configs/ade20k.py:augment=false').data
+    assert (data.scale, data.rotate, data.blur, data.mirror) == ((1, 1), 0, 0, 0)
+
+
+def test_an_unknown_recipe_lists_the_known():
+    with pytest.raises(UserError, match='recipe=mmseg: must be one of paper, semseg'):
+        load_config('configs/voc2012.py:recipe=mmseg')
+
+
+# ---- words
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_config_file_says_what_it_is_its_command_and_what_to_expect(name):
+    text = docstring(name)
+    commands = re.findall(r"python -m psp_jax\.main --config '?(configs/[^\s']+)", text)
+    assert text[0] != '\n' and 'Expect: ' in text and commands
+    for command in commands:
+        assert command.startswith(f'configs/{name}.py')
+        load_config(command)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_arguments_a_config_file_names_are_those_it_has(name):
+    documented = re.findall(r'^  ((\w+)=\S+)(?:  |$)', docstring(name), re.M)
+    with pytest.raises(UserError) as raised:
+        load_config(f'configs/{name}.py:?=1')
+    assert str(raised.value).split('There are: ')[1].split(', ') == [name for _, name in documented]
+    spelt_out = load_config(f'configs/{name}.py:{",".join(default for default, _ in documented)}')
+    assert to_json(spelt_out) == to_json(load_config(f'configs/{name}.py'))
+
+
+def shell_lines(name: str) -> str:
+    """The docstring's shell commands: what is indented by two or by six columns."""
+    return '\n'.join(re.findall(r'^(?:  |      )\S.*$', docstring(name).split('Data:')[1], re.M))
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_voc2012s_commands_make_its_lists(tmp_path):
+    touch(tmp_path, *(f'SegmentationClassAug/{i}.png' for i in ('2007_1', '2007_2', '2008_3')))
+    touch(tmp_path, 'ImageSets/Segmentation/val.txt')
+    (tmp_path / 'ImageSets/Segmentation/val.txt').write_text('2007_2\n2009_4\n')
+    subprocess.run(['bash', '-euc', shell_lines('voc2012')], cwd=tmp_path, check=True)
+    data = load_config('configs/voc2012.py').data
+    assert (tmp_path / data.val).read_text().splitlines() == [
+        f'JPEGImages/{i}.jpg SegmentationClass/{i}.png' for i in ('2007_2', '2009_4')]
+    assert (tmp_path / data.train).read_text().splitlines() == [
+        f'JPEGImages/{i}.jpg SegmentationClassAug/{i}.png' for i in ('2007_1', '2008_3')]
+
+
+def test_cityscapes_commands_make_its_lists(tmp_path):
+    touch(tmp_path, 'leftImg8bit/train/aachen/aachen_1_leftImg8bit.png',
+          'leftImg8bit/train/bonn/bonn_2_leftImg8bit.png',
+          'leftImg8bit/val/lindau/lindau_3_leftImg8bit.png')
+    subprocess.run(['bash', '-euc', shell_lines('cityscapes')], cwd=tmp_path, check=True)
+    data = load_config('configs/cityscapes.py').data
+    assert (tmp_path / data.train).read_text().splitlines() == [
+        f'leftImg8bit/train/{name}_leftImg8bit.png gtFine/train/{name}_gtFine_labelTrainIds.png'
+        for name in ('aachen/aachen_1', 'bonn/bonn_2')]
+    assert (tmp_path / data.val).read_text().splitlines() == [
+        'leftImg8bit/val/lindau/lindau_3_leftImg8bit.png '
+        'gtFine/val/lindau/lindau_3_gtFine_labelTrainIds.png']
+
+
+# ---- networks
+
+
+def ablations() -> list[tuple[str, int]]:
+    """(arguments, parameters) of each row of docs/ablations.md."""
+    rows = re.findall(r'^\| [^|]+ \| `(\S+)` \| ([\d,]+) \| [\d.]+ / [\d.]+ \|$',
+                      (ROOT / 'docs' / 'ablations.md').read_text(), re.M)
+    return [(arguments, int(parameters.replace(',', ''))) for arguments, parameters in rows]
+
+
+def counted_by_hand(depth: int, bins: int, reduce: bool, aux: bool, classes: int) -> int:
+    """Parameters of a bottleneck PSPNet: k*k*in*out a convolution, 2 a channel of BatchNorm."""
+    def conv(size: int, inputs: int, outputs: int) -> int:
+        return size**2 * inputs * outputs + 2 * outputs
+
+    total = conv(3, 3, 64) + conv(3, 64, 64) + conv(3, 64, 128)
+    inputs = 128
+    blocks = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 269: (3, 30, 48, 8)}[depth]
+    for count, width in zip(blocks, (64, 128, 256, 512), strict=True):
+        for block in range(count):
+            total += conv(1, inputs, width) + conv(3, width, width) + conv(1, width, 4 * width)
+            total += conv(1, inputs, 4 * width) if block == 0 else 0
+            inputs = 4 * width
+    level = 2048 // bins if bins and reduce else 2048
+    total += bins * conv(1, 2048, level) if reduce else 0
+    total += conv(3, 2048 + bins * level, 512) + (512 + 1) * classes
+    return total + (conv(3, 1024, 256) + (256 + 1) * classes if aux else 0)
+
+
+def test_the_hand_count_is_the_official_codes():
+    assert counted_by_hand(50, 4, True, True, 150) == 49_180_908
+    assert counted_by_hand(101, 4, True, False, 150) == 65_774_678
+
+
+def test_every_row_of_the_papers_four_tables_is_a_command():
+    assert len(ablations()) == 7 + 5 + 4 + 5
+
+
+@pytest.mark.parametrize(('arguments', 'parameters'), dict(ablations()).items())
+def test_an_ablations_network_has_the_parameters_that_the_table_says(arguments, parameters):
+    config = load_config(f'configs/ade20k.py:{arguments}')
+    model = pspnet.build(config)
+    shapes = jax.eval_shape(lambda: init_variables(model, 0))['params']
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
+    assert parameters == counted_by_hand(
+        config.model.depth, len(config.model.bins), config.model.reduce,
+        config.loss.aux_weight > 0, 150)
+
+
+def test_ablations_change_what_they_name_and_nothing_else():
+    expected = {'data.source', 'data.root', 'data.train', 'data.val', 'data.classes',
+                'data.label_map', 'eval.base_size'}
+    allowed = {'bins': 'model.bins', 'pool': 'model.pool', 'reduce': 'model.reduce',
+               'depth': 'model.depth', 'aux': 'loss.aux_weight', 'augment': 'data.', 'recipe': '-'}
+    defaults = flatten(default_config())
+    for arguments, _ in ablations():
+        prefixes = tuple(allowed[name] for name in re.findall(r'(\w+)=', arguments))
+        for key, value in flatten(load_config(f'configs/ade20k.py:{arguments}')).items():
+            if value != defaults[key]:
+                assert key in expected or key.startswith(prefixes), (arguments, key)

@@ -1,0 +1,262 @@
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from ml_collections import ConfigDict
+from PIL import Image
+
+import psp_jax
+from psp_jax.data.pipeline import eval_examples, example_index, train_batches
+from psp_jax.data.sources import Source, make_source
+from psp_jax.errors import UserError
+
+
+def config_of(**changes):
+    data = {'crop': (17, 9), 'mean': (123.675, 116.28, 103.53), 'scale': (0.5, 2.0)}
+    data.update({'rotate': 10.0, 'blur': 0.5, 'mirror': 0.5, 'threads': 2})
+    data.update(changes.pop('data', {}))
+    return ConfigDict({'seed': 0, 'batch_size': 4, 'data': data, **changes})
+
+
+def noise_source(length=7):
+    def read(index):
+        rng = np.random.default_rng(index)
+        return rng.integers(0, 256, (20, 24, 3), np.uint8), rng.integers(0, 9, (20, 24), np.uint8)
+
+    return Source(length, lambda i: f'noise {i}', read)
+
+
+def numbered_source(length):
+    """Pictures that hold their own number."""
+
+    def read(index):
+        return np.full((17, 9, 3), index, np.uint8), np.full((17, 9), index, np.uint8)
+
+    return Source(length, str, read)
+
+
+PLAIN = {'scale': (1.0, 1.0), 'rotate': 0.0, 'blur': 0.0, 'mirror': 0.0}
+
+
+def batches(source, config, steps, start_step=0, process_index=0, process_count=1):
+    place = {'process_index': process_index, 'process_count': process_count}
+    stream = train_batches(source, config, start_step=start_step, **place)
+    got = list(islice(stream, steps))
+    stream.close()
+    return got
+
+
+def assert_equal(got, want):
+    assert len(got) == len(want)
+    for one, other in zip(got, want, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key], err_msg=key)
+
+
+# ---- the order
+
+
+@pytest.mark.parametrize('length', [1, 2, 3, 8, 101, 1000])
+def test_every_epoch_is_a_permutation_of_its_own(length):
+    order = example_index(np.arange(5 * length), length, seed=3).reshape(5, length)
+    assert order.dtype == np.int64
+    np.testing.assert_array_equal(np.sort(order, 1), np.tile(np.arange(length), (5, 1)))
+    if length > 100:
+        assert len({tuple(epoch) for epoch in order}) == 5
+        other = example_index(np.arange(length), length, seed=4)
+        assert (order[0] == other).mean() < 0.1
+        assert (order[0] == np.arange(length)).mean() < 0.1
+
+
+def test_the_order_of_a_position_does_not_depend_on_what_is_asked_with_it():
+    positions = np.random.default_rng(0).integers(0, 10**12, 50)
+    together = example_index(positions, 10_007, seed=2**40 + 5)
+    alone = [example_index(positions[i : i + 1], 10_007, seed=2**40 + 5)[0] for i in range(50)]
+    assert together.tolist() == alone
+    assert 0 <= together.min() and together.max() < 10_007
+
+
+def test_the_batches_follow_the_order():
+    config = config_of(seed=5, batch_size=3, data=PLAIN)
+    got = batches(numbered_source(11), config, steps=9)
+    positions = np.concatenate([batch['position'] for batch in got])
+    labels = np.concatenate([batch['label'] for batch in got])
+    images = np.concatenate([batch['image'] for batch in got])
+    np.testing.assert_array_equal(positions, np.arange(27))
+    want = example_index(positions, 11, seed=5)
+    np.testing.assert_array_equal(labels, np.broadcast_to(want[:, None, None], (27, 17, 9)))
+    np.testing.assert_array_equal(images[..., 1], labels)
+    assert (images.dtype, labels.dtype, positions.dtype) == (np.uint8, np.uint8, np.int64)
+
+
+# ---- pure function of (seed, position)
+
+
+def test_one_process_sees_what_two_see_together():
+    source, config = noise_source(), config_of()
+    whole = batches(source, config, steps=6)
+    halves = [batches(source, config, 6, process_index=h, process_count=2) for h in range(2)]
+    joined = [
+        {key: np.concatenate([low[key], high[key]]) for key in low}
+        for low, high in zip(*halves, strict=True)
+    ]
+    assert halves[0][0]['image'].shape == (2, 17, 9, 3)
+    assert_equal(joined, whole)
+
+
+@pytest.mark.parametrize('threads', [1, 3])
+def test_starting_late_equals_skipping_bit_for_bit(threads):
+    source = noise_source()
+    whole = batches(source, config_of(), steps=9)
+    late = config_of(data={'threads': threads})
+    assert_equal(batches(source, late, steps=4, start_step=5), whole[5:])
+
+
+def test_starting_at_a_step_far_ahead_takes_no_time():
+    source, config = noise_source(), config_of()
+    batches(source, config, steps=1)
+    begun = time.monotonic()
+    got = batches(source, config, steps=1, start_step=10**9)
+    assert time.monotonic() - begun < 10
+    assert got[0]['position'].tolist() == [4 * 10**9 + i for i in range(4)]
+
+
+def test_an_image_is_augmented_anew_in_every_epoch_and_for_every_seed():
+    source = noise_source(1)
+    same = [batches(source, config_of(seed=seed), steps=5) for seed in (0, 1, 0)]
+    assert_equal(same[0], same[2])
+    crops = {image.tobytes() for run in same[:2] for batch in run for image in batch['image']}
+    assert len(crops) == 40
+
+
+def test_nothing_in_the_package_draws_from_hidden_random_state():
+    allowed = r'tf\.random\.(stateless_\w+|experimental\.(index_shuffle|stateless_fold_in))\b'
+    forbidden = re.compile(
+        rf'(?!{allowed})tf\.random\.\w|^\s*(import|from) random\b|\bdefault_rng\(\s*\)'
+        r'|\b(np|numpy)\.random\.(?!(Generator|Philox|SeedSequence|BitGenerator|default_rng)\b)\w'
+        r'|\.shuffle\('
+    )
+    assert forbidden.search('tf.random.uniform(') and forbidden.search('np.random.rand(3)')
+    files = list(Path(psp_jax.__file__).parent.rglob('*.py'))
+    assert len(files) > 4
+    for path in files:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert not forbidden.search(line), f'{path}:{number}: {line}'
+
+
+# ---- what goes wrong
+
+
+@pytest.mark.parametrize(('batch_size', 'processes'), [(4, 3), (2, 4)])
+def test_a_batch_that_does_not_divide_is_refused_at_once(batch_size, processes):
+    config = config_of(batch_size=batch_size)
+    place = {'start_step': 0, 'process_index': 0, 'process_count': processes}
+    with pytest.raises(UserError, match=f'batch_size = {batch_size} .* {processes} processes'):
+        train_batches(noise_source(), config, **place)
+
+
+def test_a_truncated_jpeg_in_the_stream_is_named(tmp_path):
+    for i in range(6):
+        picture = Image.fromarray(noise_source().read(i)[0])
+        picture.resize((100, 100)).save(tmp_path / f'{i}.jpg')
+        Image.fromarray(np.zeros((100, 100), np.uint8)).save(tmp_path / f'{i}.png')
+    bad = tmp_path / '4.jpg'
+    bad.write_bytes(bad.read_bytes()[:-500])
+    lines = [f'{i}.jpg {i}.png' for i in range(6)]
+    (tmp_path / 'list.txt').write_text('\n'.join(lines))
+    data = {'source': 'list', 'root': str(tmp_path), 'train': 'list.txt', 'classes': '2'}
+    config = config_of(batch_size=1, data={**data, 'label_map': ''})
+    source = make_source(config.data, 'train')
+    before = example_index(np.arange(6), 6, seed=0).tolist().index(4)
+    stream = train_batches(source, config, start_step=0, process_index=0, process_count=1)
+    assert len(list(islice(stream, before))) == before
+    with pytest.raises(UserError) as caught:
+        next(stream)
+    assert str(caught.value).startswith(f'{bad} cannot be decoded')
+    assert '\n' not in str(caught.value)
+
+
+def test_a_bug_in_reading_is_not_taken_for_bad_data():
+    def broken(index):
+        raise ZeroDivisionError('a bug')
+
+    with pytest.raises(Exception, match='ZeroDivisionError: a bug') as caught:
+        batches(Source(3, str, broken), config_of(), steps=1)
+    assert not isinstance(caught.value, UserError)
+
+
+def test_a_process_ends_while_its_stream_is_open():
+    code = """
+import sys; sys.path[:0] = sys.argv[1:]
+from test_pipeline import config_of, noise_source, train_batches
+stream = train_batches(noise_source(), config_of(), start_step=0, process_index=0, process_count=1)
+print(next(stream)['position'])
+"""
+    paths = [str(Path(__file__).parent), str(Path(psp_jax.__file__).parents[1])]
+    env = {**os.environ, 'TF_CPP_MIN_LOG_LEVEL': '3'}
+    command = [sys.executable, '-c', code, *paths]
+    done = subprocess.run(command, timeout=120, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout) == (0, '[0 1 2 3]\n'), done.stderr
+
+
+def test_tensorflow_sees_no_accelerator():
+    assert {device.device_type for device in tf.config.get_visible_devices()} == {'CPU'}
+
+
+# ---- evaluation
+
+
+def test_evaluation_reads_in_order_and_any_subset():
+    source = noise_source(30)
+
+    def slow_start(index):
+        time.sleep(0.05 if index % 5 == 0 else 0.0)
+        return source.read(index)
+
+    wanted = [*range(0, 30, 2), 5, 5, 29]
+    got = list(eval_examples(source._replace(read=slow_start), wanted, threads=4))
+    assert [index for index, _, _ in got] == wanted
+    for index, image, label in got:
+        want_image, want_label = source.read(index)
+        np.testing.assert_array_equal(image, want_image)
+        np.testing.assert_array_equal(label, want_label)
+    assert list(eval_examples(source, [], threads=0)) == []
+
+
+def test_evaluation_reads_ahead_in_parallel_but_not_without_bound():
+    lock, begun, together = threading.Lock(), [], threading.Barrier(3)
+
+    def read(index):
+        with lock:
+            begun.append(index)
+        if index < 3:
+            together.wait(timeout=30)  # passes only where three read at the same time
+        return noise_source().read(index)
+
+    stream = eval_examples(Source(1000, str, read), range(1000), threads=3)
+    assert next(stream)[0] == 0
+    time.sleep(0.3)
+    assert len(begun) <= 7  # two a thread, and the one that was asked for
+    stream.close()
+    assert len(begun) <= 7
+
+
+def test_an_error_in_evaluation_comes_where_its_example_would():
+    def read(index):
+        if index == 3:
+            raise UserError('3.jpg cannot be decoded')
+        return noise_source().read(index)
+
+    stream = eval_examples(Source(9, str, read), range(9), threads=2)
+    assert [next(stream)[0] for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(UserError, match='^3.jpg cannot be decoded$'):
+        next(stream)
