@@ -10,12 +10,15 @@ import subprocess
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
+from psp_jax import optimizer
 from psp_jax.config import default_config, flatten, from_json, load_config, to_json
 from psp_jax.errors import UserError
 from psp_jax.model import pspnet
-from psp_jax.state import init_variables
+from psp_jax.state import create_state, init_variables
+from psp_jax.train import train_step
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / 'tests' / 'golden' / 'configs'
@@ -209,3 +212,31 @@ def test_ablations_change_what_they_name_and_nothing_else():
         for key, value in flatten(load_config(f'configs/ade20k.py:{arguments}')).items():
             if value != defaults[key]:
                 assert key in expected or key.startswith(prefixes), (arguments, key)
+
+
+ARCHITECTURES = {
+    str([flatten(config)[key] for key in flatten(config) if key.startswith('model.')]
+        + [config.loss.aux_weight > 0]): arguments
+    for arguments, _ in ablations()
+    for config in [load_config(f'{ROOT}/configs/ade20k.py:{arguments}')]
+}
+
+
+@pytest.mark.parametrize('arguments', [
+    pytest.param(arguments, marks=pytest.mark.slow if re.search('depth=(152|269)', arguments) else ())
+    for arguments in ARCHITECTURES.values()])
+def test_an_ablations_network_takes_a_step_that_reaches_every_parameter(arguments):
+    config = load_config(f'configs/ade20k.py:{arguments}', [
+        '--config.data.crop=33', '--config.batch_size=2', '--config.optimizer.weight_decay=0'])
+    model = pspnet.build(config)
+    shapes = jax.eval_shape(lambda: init_variables(model, 0))
+    tx = optimizer.make_optimizer(shapes['params'], config.optimizer)
+    state = jax.jit(lambda: create_state(model, tx, 0))()
+    rng = np.random.default_rng(0)
+    batch = {'image': rng.integers(0, 256, (2, 33, 33, 3), np.uint8),
+             'label': rng.integers(0, 150, (2, 33, 33), np.uint8)}
+    step = jax.jit(lambda state, batch: train_step(state, batch, model=model, tx=tx, config=config))
+    after, scalars = step(state, batch)
+    assert scalars['finite'] and ('loss_aux' in scalars) == (config.loss.aux_weight > 0)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, after.params)
+    assert all(jax.tree.leaves(moved))

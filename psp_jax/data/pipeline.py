@@ -108,7 +108,12 @@ def train_batches(
     # A TensorFlow iterator that is still alive when Python shuts down waits for threads that wait
     # for Python: the process would never end.
     alive = weakref.ref(iterator)
-    atexit.register(lambda: (left := alive()) and left.close())
+
+    @atexit.register
+    def close() -> None:
+        if (left := alive()) is not None:
+            left.close()
+
     return iterator
 
 
