@@ -148,8 +148,7 @@ def _warp_label(
 
 def _resize_nearest(label: np.ndarray, scale: float, rows: slice, columns: slice) -> np.ndarray:
     """Part of a label resized as by OpenCV's INTER_NEAREST: source = floor(i / scale)."""
-    source = [
-        np.minimum((np.arange(part.start, part.stop) * (1 / scale)).astype(np.intp), size - 1)
-        for part, size in zip((rows, columns), label.shape, strict=True)
-    ]
-    return label.take(source[0], axis=0).take(source[1], axis=1)
+    # No i of the canvas is past the end: i <= round(size * scale) - 1 <= size * scale - 0.5.
+    y = (np.arange(rows.start, rows.stop) * (1 / scale)).astype(np.intp)
+    x = (np.arange(columns.start, columns.stop) * (1 / scale)).astype(np.intp)
+    return label.take(y, axis=0).take(x, axis=1)
