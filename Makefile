@@ -1,11 +1,12 @@
 # make demo    train on the built-in scenes, evaluate, and leave a picture and metrics.json
 # make test    linters and the fast tests; make test-slow: the others
-# make bench   the benchmarks
+# make bench   the benchmarks; BENCHMARKS=conv_gradient for one of them
 # Each sets up .venv first, with the Python that PYTHON names, or else python3 if it is 3.11 to 3.13,
 # or else python3.13, python3.12 or python3.11. .venv is used again until the requirements change.
 
 SHELL := /bin/bash
 RUN := .venv/bin/python
+BENCHMARKS := $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py))
 
 .PHONY: demo test test-slow bench lint clean
 
@@ -27,7 +28,7 @@ lint: .venv/requirements-test.txt
 	$(RUN) -m mypy
 
 bench: .venv/requirements.txt
-	@for file in benchmarks/*.py; do echo "== $$file"; $(RUN) "$$file" || exit 1; done
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(RUN) -m benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf .venv

@@ -68,8 +68,15 @@ def train(network: str, seed: int, steps: int, workdir: Path) -> Path:
     result = run / 'eval' / f'{steps}-whole'
     if not (result / 'metrics.json').exists():
         arguments = f'bins={NETWORKS[network]},seed={seed},steps={steps}'
-        command = [sys.executable, '-m', 'psp_jax.main', '--config', f'{CONFIG}:{arguments}',
-                   '--workdir', str(run)]
+        command = [
+            sys.executable,
+            '-m',
+            'psp_jax.main',
+            '--config',
+            f'{CONFIG}:{arguments}',
+            '--workdir',
+            str(run),
+        ]
         print(f'== {network}, seed {seed}', file=sys.stderr, flush=True)
         code = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False).returncode
         if code:
@@ -89,7 +96,9 @@ def measure(result: Path) -> dict[str, float]:
     vehicles = [scenes.CAR, scenes.BOAT]
     exchanged = confusion[scenes.CAR, scenes.BOAT] + confusion[scenes.BOAT, scenes.CAR]
     return {
-        'mIoU': scores['mIoU'], 'car IoU': iou['car'], 'boat IoU': iou['boat'],
+        'mIoU': scores['mIoU'],
+        'car IoU': iou['car'],
+        'boat IoU': iou['boat'],
         'confused': float(exchanged / confusion[vehicles].sum()),
     }
 
@@ -98,8 +107,10 @@ def summary(runs: list[dict[str, float]]) -> dict[str, Any]:
     """Mean and sample standard deviation (None of a single run) of each measure over the seeds."""
     columns = {name: [run[name] for run in runs] for name in MEASURES}
     return {
-        name: {'mean': statistics.fmean(values),
-               'std': statistics.stdev(values) if len(values) > 1 else None}
+        name: {
+            'mean': statistics.fmean(values),
+            'std': statistics.stdev(values) if len(values) > 1 else None,
+        }
         for name, values in columns.items()
     }
 
@@ -128,19 +139,24 @@ def table(report: dict[str, Any]) -> str:
     corner = float(np.hypot(height - 1, width - 1))
     verdict = (
         'more than the picture: the FCN could see every cue, and the table says what it learned'
-        if reach >= max(height, width) - 1 else
-        'beyond the nearest cue of some pictures' if reach >= cue['min'] else
-        'less than the distance of any cue: the FCN cannot know'
+        if reach >= max(height, width) - 1
+        else 'beyond the nearest cue of some pictures'
+        if reach >= cue['min']
+        else 'less than the distance of any cue: the FCN cannot know'
     )
-    lines.append(f'in theory the FCN sees {reach} px to each side (the picture\'s diagonal is '
-                 f'{corner:.0f} px), {verdict}')
+    lines.append(
+        f"in theory the FCN sees {reach} px to each side (the picture's diagonal is "
+        f'{corner:.0f} px), {verdict}'
+    )
     return '\n'.join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog='python -m benchmarks.context', description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog='python -m benchmarks.context',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument('--steps', type=int, default=400, help='training steps of each run')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--workdir', type=Path, default=ROOT / 'runs' / 'context')
@@ -159,12 +175,15 @@ def main() -> None:
         for network, measured in runs.items():
             measured.append(measure(train(network, seed, flags.steps, workdir)))
     report = {
-        'steps': flags.steps, 'seeds': flags.seeds, 'picture': [scenes.HEIGHT, scenes.WIDTH],
+        'steps': flags.steps,
+        'seeds': flags.seeds,
+        'picture': [scenes.HEIGHT, scenes.WIDTH],
         'cue_distance': {'min': min(distances), 'median': statistics.median(distances)},
         'networks': {
             network: {
                 'receptive_field': field if network == 'fcn' else 'the picture',
-                'runs': measured, 'summary': summary(measured),
+                'runs': measured,
+                'summary': summary(measured),
             }
             for network, measured in runs.items()
         },

@@ -39,8 +39,10 @@ def random_batch(config: ConfigDict) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     shape = (config.batch_size, config.data.crop, config.data.crop)
     classes = len(label_space(config.data.classes).names)
-    return {'image': rng.integers(0, 256, (*shape, 3), np.uint8),
-            'label': rng.integers(0, classes, shape, np.uint8)}
+    return {
+        'image': rng.integers(0, 256, (*shape, 3), np.uint8),
+        'label': rng.integers(0, classes, shape, np.uint8),
+    }
 
 
 def relative_difference(a: Any, b: Any) -> float:
@@ -66,12 +68,12 @@ def compare(config: ConfigDict, repeats: int) -> dict[str, Any]:
     for name, convolution in CONVOLUTIONS.items():
         steps[name] = train.compile_step(mesh, model, tx, config)
         state = make_state()
-        decayed = jax.tree.map(lambda p: config.optimizer.weight_decay * np.asarray(p), state.params)
+        decay = jax.tree.map(lambda p: config.optimizer.weight_decay * np.asarray(p), state.params)
         with mock.patch.object(layers, 'spatial_conv', convolution):  # traced at the first call
             states[name], _ = steps[name](state, batch)
         # The momentum begins at zero: after one step it is the gradient plus the decay.
         momentum = optax.tree.get(states[name].opt_state, 'trace')
-        gradients[name] = jax.tree.map(lambda m, d: np.asarray(m) - d, momentum, decayed)
+        gradients[name] = jax.tree.map(lambda m, d: np.asarray(m) - d, momentum, decay)
 
     times: dict[str, list[float]] = {name: [] for name in CONVOLUTIONS}
     for _ in range(repeats):
@@ -89,8 +91,10 @@ def compare(config: ConfigDict, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog='python -m benchmarks.conv_gradient', description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog='python -m benchmarks.conv_gradient',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument('--crop', type=int, default=97, help='pixels, 8n + 1')
     parser.add_argument('--batch', type=int, default=2)
     parser.add_argument('--repeats', type=int, default=10, help='steps of each that are timed')

@@ -30,8 +30,16 @@ from psp_jax.legal import choose
 
 
 def get_config(arg: str = '') -> ConfigDict:
-    args = parse_arg(arg, depth=50, recipe='paper', bins=(1, 2, 3, 6), pool='average', reduce=True,
-                     aux=0.4, augment=True)
+    args = parse_arg(
+        arg,
+        depth=50,
+        recipe='paper',
+        bins=(1, 2, 3, 6),
+        pool='average',
+        reduce=True,
+        aux=0.4,
+        augment=True,
+    )
     config = default_config()
     config.total_steps = choose('recipe', args.recipe, {'paper': 150_000, 'semseg': 126_300})
 

@@ -5,6 +5,7 @@
 it. Saving is asynchronous and atomic: a checkpoint that was cut off does not count.
 """
 
+import errno
 import os
 from typing import Any
 
@@ -16,6 +17,9 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from psp_jax.errors import UserError
 
+# What orbax and tensorstore raise where files of a checkpoint are missing, cut off or changed.
+_UNREADABLE = (OSError, KeyError, TypeError, ValueError)
+
 
 def directory(workdir: str) -> epath.Path:
     path = epath.Path(workdir) / 'checkpoints'
@@ -24,7 +28,9 @@ def directory(workdir: str) -> epath.Path:
 
 def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
     """A manager that keeps the newest `keep` checkpoints and the best by mIoU."""
-    best = policies.BestN(get_metric_fn=lambda metrics: metrics['mIoU'], n=1)
+    best = policies.BestN(
+        get_metric_fn=lambda metrics: metrics['mIoU'], n=1, keep_checkpoints_without_metrics=False
+    )
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
         best_fn=lambda metrics: metrics['mIoU'],
@@ -33,6 +39,8 @@ def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
     path = directory(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if '://' not in workdir and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f'{path}: cannot be written ({error.strerror}); set --workdir') from error
     return ocp.CheckpointManager(path, options=options)
@@ -100,8 +108,8 @@ def read_meta(path: epath.Path, step: int) -> dict[str, Any]:
     with reader(path) as manager:
         try:
             return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        except (FileNotFoundError, KeyError, ValueError) as error:
-            raise UserError(f'{path / str(step)}: not a checkpoint of psp_jax ({error})') from error
+        except _UNREADABLE as error:
+            raise cannot_be_read(path / str(step), error) from error
 
 
 def restore(path: epath.Path, step: int, target: Any) -> Any:
@@ -116,9 +124,11 @@ def restore(path: epath.Path, step: int, target: Any) -> Any:
     with reader(path) as manager:
         try:
             found = manager.item_metadata(step)['state']
+            if found is None:
+                raise FileNotFoundError('its list of arrays is missing')
             saved = flatten_dict(getattr(found, 'tree', found), sep='/')
-        except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f'{path / str(step)}: cannot be read ({error})') from error
+        except _UNREADABLE as error:
+            raise cannot_be_read(path / str(step), error) from error
         parts = {name.split('/')[0] for name in wanted}
         saved = {name: leaf for name, leaf in saved.items() if name.split('/')[0] in parts}
         differences = compare(saved, wanted)
@@ -141,8 +151,21 @@ def restore(path: epath.Path, step: int, target: Any) -> Any:
             partial_restore=True,
         )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        values = flatten_dict(checkpointer.restore(path / str(step) / 'state', args=arguments), sep='/')
+        try:
+            tree = checkpointer.restore(path / str(step) / 'state', args=arguments)
+        except _UNREADABLE as error:
+            raise cannot_be_read(path / str(step), error) from error
+    values = flatten_dict(tree, sep='/')
     return jax.tree.unflatten(jax.tree.structure(target), [values[name] for name in wanted])
+
+
+def cannot_be_read(path: epath.Path, error: Exception) -> UserError:
+    """What to tell of a checkpoint whose files are missing or broken."""
+    reason = ' '.join(str(error).partition('[tensorstore_spec')[0].split())
+    return UserError(
+        f'{path}: cannot be read as a checkpoint of psp_jax ({reason}). If it is damaged, remove '
+        'this folder; then the one before it is the latest'
+    )
 
 
 def compare(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -24,8 +24,16 @@ from psp_jax.legal import as_text, check_values, parsed, typed
 # Keys that a resumed run may change, since none of them has a part in what the parameters become.
 # `total_steps` is not among them: the learning rate's decay is a function of it.
 FREE_ON_RESUME = (
-    'log_every', 'eval_every', 'checkpoint_every', 'checkpoint_keep', 'eval.*', 'mesh.*',
-    'data.root', 'data.threads', 'data.val', 'data.test',
+    'log_every',
+    'eval_every',
+    'checkpoint_every',
+    'checkpoint_keep',
+    'eval.*',
+    'mesh.*',
+    'data.root',
+    'data.threads',
+    'data.val',
+    'data.test',
 )
 
 
@@ -36,7 +44,7 @@ def default_config() -> ConfigDict:
         batch_size=16,  # images a step, over all devices and hosts
         total_steps=150_000,  # training steps; the learning rate reaches 0 after the last
         eval_every=5_000,  # steps between evaluations; the last step is always evaluated
-        checkpoint_every=1_000,  # steps between checkpoints; the last step always has one
+        checkpoint_every=1_000,  # steps between checkpoints; evaluated steps have one too
         checkpoint_keep=2,  # newest checkpoints kept, the best one by mIoU besides
         log_every=50,  # steps between log lines
         dtype='float32',  # of activations: float32 | bfloat16 | float64 (for exact comparisons)
@@ -81,7 +89,7 @@ def default_config() -> ConfigDict:
         aux_weight=0.4,  # of the auxiliary loss; 0 = no auxiliary head
     )
     config.optimizer = _group(
-        learning_rate=0.01,  # at the first step after the warm-up
+        learning_rate=0.01,  # of the backbone, before warm-up and decay
         power=0.9,  # of the decay (1 - step / total_steps) ** power
         momentum=0.9,
         weight_decay=1e-4,
@@ -143,8 +151,10 @@ def split_path(path_with_args: str) -> tuple[str, str]:
     """'configs/ade20k.py:depth=101' -> ('configs/ade20k.py', 'depth=101')."""
     match = re.fullmatch(r'(.+?\.py)(?::(.*))?', path_with_args)
     if not match:
-        raise UserError(f'--config={path_with_args}: expected a Python file and, behind a colon, '
-                        'its arguments, as in configs/ade20k.py:depth=101')
+        raise UserError(
+            f'--config={path_with_args}: expected a Python file and, behind a colon, '
+            'its arguments, as in configs/ade20k.py:depth=101'
+        )
     return match[1], match[2] or ''
 
 
@@ -162,11 +172,14 @@ def parse_arg(arg: str, **defaults: Any) -> SimpleNamespace:
     for item in filter(None, (part.strip() for part in re.split(r',(?![^(\[]*[)\]])', arg))):
         name, equals, text = (part.strip() for part in item.partition('='))
         if name not in defaults:
-            raise UserError(f'config argument {name!r} is unknown; did you mean '
-                            f'{nearest(name, defaults)!r}? There are: {", ".join(defaults)}')
+            raise UserError(
+                f'config argument {name!r} is unknown; did you mean '
+                f'{nearest(name, defaults)!r}? There are: {", ".join(defaults)}'
+            )
         if not equals:
-            raise UserError(f'config argument {name!r} needs a value, as in {name}='
-                            f'{as_text(defaults[name])}')
+            raise UserError(
+                f'config argument {name!r} needs a value, as in {name}={as_text(defaults[name])}'
+            )
         setattr(args, name, parsed(name, text, defaults[name]))
     return args
 
@@ -208,16 +221,23 @@ def to_json(config: ConfigDict) -> str:
 
 def from_json(text: str) -> ConfigDict:
     """What to_json wrote, lists as tuples again; keys that it lacks get their defaults."""
-    return resolve({key: tuple(value) if isinstance(value, list) else value
-                    for key, value in json.loads(text).items()})
+    return resolve(
+        {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in json.loads(text).items()
+        }
+    )
 
 
 def resume_differences(saved: ConfigDict, current: ConfigDict) -> list[str]:
     """'key: old in the checkpoint, new now' for keys that differ and are not FREE_ON_RESUME."""
     before, now = flatten(saved), flatten(current)
-    return [f'{key}: {as_text(before[key])} in the checkpoint, {as_text(value)} now'
-            for key, value in now.items() if before[key] != value
-            and not any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE_ON_RESUME)]
+    return [
+        f'{key}: {as_text(before[key])} in the checkpoint, {as_text(value)} now'
+        for key, value in now.items()
+        if before[key] != value
+        and not any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE_ON_RESUME)
+    ]
 
 
 def check_config(config: ConfigDict) -> None:
@@ -236,9 +256,11 @@ def set_depth(config: ConfigDict, depth: int) -> None:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """The one of `names` most like `name`, whole or by the part behind the last dot."""
+
     def likeness(other: str) -> float:
         pairs = ((name, other), (name.split('.')[-1], other.split('.')[-1]))
         return sum(difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs)
+
     return max(names, key=likeness)
 
 
@@ -278,5 +300,7 @@ def _unknown_key(error: AttributeError | KeyError) -> str | None:
         return None
     place = next(frame for frame in reversed(frames) if 'ml_collections' not in frame.filename)
     keys = [*flatten(default_config()), *default_config()]
-    return (f'{place.filename}, line {place.lineno}: config key {quoted[1]!r} is unknown; '
-            f'did you mean {nearest(quoted[1], keys)!r}?')
+    return (
+        f'{place.filename}, line {place.lineno}: config key {quoted[1]!r} is unknown; '
+        f'did you mean {nearest(quoted[1], keys)!r}?'
+    )

@@ -61,7 +61,10 @@ def full_matrix(features: int, seen: int, size: int, align_corners: bool) -> np.
 
 
 def eval_step(
-    variables: dict[str, Any], images: jax.Array, labels: jax.Array, model: pspnet.PSPNet,
+    variables: dict[str, Any],
+    images: jax.Array,
+    labels: jax.Array,
+    model: pspnet.PSPNet,
     config: ConfigDict,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """uint8 images [B, h, w, 3] as the network sees them and labels uint8 [B, H, W] at their own
@@ -76,7 +79,12 @@ def eval_step(
     def block(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
         predictions = jnp.argmax(logits, -1).astype(jnp.uint8)
         loss, count = losses.pixel_cross_entropy(logits, labels)
-        return metrics.confusion_matrix(predictions, labels, model.classes), loss, count, predictions
+        return (
+            metrics.confusion_matrix(predictions, labels, model.classes),
+            loss,
+            count,
+            predictions,
+        )
 
     confusion, loss, count, predictions = losses.map_row_blocks(
         block, logits, labels, rows, columns
@@ -86,7 +94,9 @@ def eval_step(
 
 
 def batches_of_one_shape(
-    examples: Iterator[tuple[int, np.ndarray, np.ndarray]], size: int, base_size: int,
+    examples: Iterator[tuple[int, np.ndarray, np.ndarray]],
+    size: int,
+    base_size: int,
     align_corners: bool,
 ) -> Iterator[tuple[list[int], list[np.ndarray], np.ndarray, np.ndarray]]:
     """Groups examples of equal size, `size` at a time: (indices, original images, images as the
@@ -126,7 +136,9 @@ def make_evaluator(
     names = label_space(config.data.classes).names
     share = range(jax.process_index(), source.length, jax.process_count())
     batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
-    shown = set(np.linspace(0, source.length - 1, min(config.eval.panels, source.length)).astype(int))
+    shown = set(
+        np.linspace(0, source.length - 1, min(config.eval.panels, source.length)).astype(int)
+    )
     step_fn = jax.jit(
         lambda variables, images, labels: eval_step(variables, images, labels, model, config),
         in_shardings=(replicated(mesh), split_batch(mesh), split_batch(mesh)),
@@ -141,17 +153,26 @@ def make_evaluator(
         loss, count, panels = 0.0, 0, {}
         batches = batches_of_one_shape(
             eval_examples(source, share, config.data.threads),
-            batch_size, config.eval.base_size, model.align_corners,
+            batch_size,
+            config.eval.base_size,
+            model.align_corners,
         )
-        with tqdm(total=len(share), desc='evaluating', unit='image', disable=not report.on_terminal(),
-                  leave=False) as bar:
+        with tqdm(
+            total=len(share),
+            desc='evaluating',
+            unit='image',
+            disable=not report.on_terminal(),
+            leave=False,
+        ) as bar:
             for indices, originals, images, labels in batches:
                 outputs = step_fn(variables, *put_batch((images, labels), mesh))
                 matrix, batch_loss, batch_count = jax.device_get(outputs[:3])
                 confusion += matrix
                 loss, count = loss + float(batch_loss), count + int(batch_count)
                 for row in (row for row, index in enumerate(indices) if index in shown):
-                    panels[indices[row]] = Panel(originals[row], labels[row], np.asarray(outputs[3][row]))
+                    panels[indices[row]] = Panel(
+                        originals[row], labels[row], np.asarray(outputs[3][row])
+                    )
                 bar.update(len(indices))
         confusion, loss, count = sum_over_processes((confusion, np.float64(loss), np.int64(count)))
         scores = {
@@ -182,7 +203,7 @@ def sum_over_processes(tree: Any) -> Any:
 
 
 def write_result(result: Result, config: ConfigDict, workdir: str) -> str:
-    """Writes metrics.json, confusion.npy and panels.png, and prints the table; returns the folder."""
+    """Writes metrics.json, confusion.npy and panels.png; returns the folder they are in."""
     scores = result.scores
     folder = f'{workdir}/eval/{scores["step"]}-{scores["protocol"]}'
     if jax.process_index() == 0:

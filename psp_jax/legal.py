@@ -23,11 +23,15 @@ def check_values(flat: Mapping[str, Any]) -> None:
             if not legal(flat[key]):
                 raise UserError(f'{key}={as_text(flat[key])}: must be {meaning}')
     if not flat['data.classes']:
-        raise UserError("data.classes='': must be set, to the name of a label space (cityscapes), "
-                        'to comma-separated class names or to a number of classes')
+        raise UserError(
+            "data.classes='': must be set, to the name of a label space (cityscapes), "
+            'to comma-separated class names or to a number of classes'
+        )
     if flat['optimizer.warmup_steps'] >= flat['total_steps']:
-        raise UserError(f"optimizer.warmup_steps={flat['optimizer.warmup_steps']}: must be less "
-                        f"than total_steps={flat['total_steps']}")
+        raise UserError(
+            f'optimizer.warmup_steps={flat["optimizer.warmup_steps"]}: must be less '
+            f'than total_steps={flat["total_steps"]}'
+        )
     _check_crop(flat['data.crop'], flat['model.align_corners'])
 
 
@@ -42,22 +46,36 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     'eval.split': ('train', 'val', 'test'),
 }
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    ('batch_size total_steps eval_every checkpoint_every checkpoint_keep log_every '
-     'model.head_width model.aux_width optimizer.learning_rate optimizer.head_multiplier '
-     'optimizer.recipe_batch_size eval.batch_size', 'positive', lambda value: value > 0),
-    ('data.threads loss.aux_weight optimizer.power optimizer.weight_decay optimizer.warmup_steps '
-     'eval.base_size eval.panels', '0 or more', lambda value: value >= 0),
+    (
+        'batch_size total_steps eval_every checkpoint_every checkpoint_keep log_every '
+        'model.head_width model.aux_width optimizer.learning_rate optimizer.head_multiplier '
+        'optimizer.recipe_batch_size eval.batch_size',
+        'positive',
+        lambda value: value > 0,
+    ),
+    (
+        'data.threads loss.aux_weight optimizer.power optimizer.weight_decay '
+        'optimizer.warmup_steps eval.base_size eval.panels',
+        '0 or more',
+        lambda value: value >= 0,
+    ),
     # the data order draws its random numbers from a 32-bit signed seed
     ('seed', '0 or more and less than 2 ** 31', lambda value: 0 <= value < 2**31),
     ('mesh.data', 'positive, or -1 for all devices', lambda value: value == -1 or value > 0),
     ('data.blur data.mirror', 'a probability, 0 to 1', lambda value: 0 <= value <= 1),
     ('model.dropout optimizer.momentum', '0 or more and less than 1', lambda value: 0 <= value < 1),
     ('data.rotate', 'from 0 to 180 degrees', lambda value: 0 <= value <= 180),
-    ('data.scale', 'two positive numbers, the lower first',
-     lambda value: len(value) == 2 and 0 < value[0] <= value[1]),
+    (
+        'data.scale',
+        'two positive numbers, the lower first',
+        lambda value: len(value) == 2 and 0 < value[0] <= value[1],
+    ),
     ('data.mean', 'three numbers, for R, G, B', lambda value: len(value) == 3),
-    ('data.std', 'three positive numbers, for R, G, B',
-     lambda value: len(value) == 3 and min(value) > 0),
+    (
+        'data.std',
+        'three positive numbers, for R, G, B',
+        lambda value: len(value) == 3 and min(value) > 0,
+    ),
     ('model.bins', 'positive integers', lambda value: all(bins > 0 for bins in value)),
 )
 
@@ -69,26 +87,33 @@ def _check_crop(crop: int | tuple[int, int], align_corners: bool) -> None:
         below = max(9, (side - 1) // 8 * 8 + 1)
         legal = f'{below} or {below + 8}' if below < side else f'{below}'
         if align_corners:
-            raise UserError(f'data.crop={crop}: a crop must be 8n + 1 ({legal}), so that the '
-                            "network's stride of 8 meets both edges; "
-                            'model.align_corners=false allows multiples of 8 too')
-        raise UserError(f'data.crop={crop}: a crop must be divisible by 8, or 8n + 1 ({legal}), '
-                        "as the network's stride is 8")
+            raise UserError(
+                f'data.crop={crop}: a crop must be 8n + 1 ({legal}), so that the '
+                "network's stride of 8 meets both edges; "
+                'model.align_corners=false allows multiples of 8 too'
+            )
+        raise UserError(
+            f'data.crop={crop}: a crop must be divisible by 8, or 8n + 1 ({legal}), '
+            "as the network's stride is 8"
+        )
 
 
 def choose(key: str, value: Any, table: Mapping[Any, T]) -> T:
     """table[value]; raises UserError that lists the legal values if there is none."""
     if value not in table:
-        raise UserError(f'{key}={as_text(value)}: must be one of '
-                        f'{", ".join(map(str, table))}')
+        raise UserError(f'{key}={as_text(value)}: must be one of {", ".join(map(str, table))}')
     return table[value]
 
 
 def typed(key: str, value: Any, default: Any) -> Any:
     """`value` in the type of `default` (int for float is welcome), or a UserError."""
     if key == 'data.crop':
-        if _is(value, int) or _is(value, tuple) and len(value) == 2 and all(
-                _is(side, int) for side in value):
+        if (
+            _is(value, int)
+            or _is(value, tuple)
+            and len(value) == 2
+            and all(_is(side, int) for side in value)
+        ):
             return value
         expected = 'an integer or (height, width)'
     elif isinstance(default, tuple):
@@ -100,13 +125,16 @@ def typed(key: str, value: Any, default: Any) -> Any:
         if _is(value, type(default)):
             return type(default)(value)
         expected = _KINDS[type(default)][0]
-    raise UserError(f'{key}={as_text(value)}: expected {expected}, '
-                    f'got {value!r} ({type(value).__name__})')
+    raise UserError(
+        f'{key}={as_text(value)}: expected {expected}, got {value!r} ({type(value).__name__})'
+    )
 
 
 _KINDS = {
-    bool: ('true or false', 'booleans'), int: ('an integer', 'integers'),
-    float: ('a number', 'numbers'), str: ('text', 'texts'),
+    bool: ('true or false', 'booleans'),
+    int: ('an integer', 'integers'),
+    float: ('a number', 'numbers'),
+    str: ('text', 'texts'),
 }
 
 

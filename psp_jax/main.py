@@ -48,22 +48,36 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """
     overrides, words = split_overrides(argv)
     parser = Parser(
-        prog='python -m psp_jax.main', allow_abbrev=False, epilog=EPILOG,
+        prog='python -m psp_jax.main',
+        allow_abbrev=False,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage='%(prog)s --config configs/NAME.py[:arg=value,...] [--workdir DIR] [--mode MODE] '
-              '[--config.key=value ...]',
-        description='Trains and evaluates PSPNet.')
-    parser.add_argument('--config', metavar='FILE[:ARGS]',
-                        help='a config file and its arguments: configs/ade20k.py:depth=101')
-    parser.add_argument('--workdir', metavar='DIR',
-                        help='where checkpoints and results go (default: runs/NAME of the config)')
-    parser.add_argument('--mode', choices=('train', 'eval'), default='train',
-                        help='train (default) or eval')
-    parser.add_argument('--checkpoint', metavar='WHICH',
-                        help='for eval: latest (default), best, a step number or a path')
+        '[--config.key=value ...]',
+        description='Trains and evaluates PSPNet.',
+    )
+    parser.add_argument(
+        '--config',
+        metavar='FILE[:ARGS]',
+        help='a config file and its arguments: configs/ade20k.py:depth=101',
+    )
+    parser.add_argument(
+        '--workdir',
+        metavar='DIR',
+        help='where checkpoints and results go (default: runs/NAME of the config)',
+    )
+    parser.add_argument(
+        '--mode', choices=('train', 'eval'), default='train', help='train (default) or eval'
+    )
+    parser.add_argument(
+        '--checkpoint',
+        metavar='WHICH',
+        help='for eval: latest (default), best, a step number or a path',
+    )
     flags, unknown = parser.parse_known_args(words)
     if unknown and unknown[0].startswith('-'):
         from psp_jax.config import nearest
+
         flag = unknown[0].partition('=')[0]
         parser.error(f'flag {flag} is unknown; did you mean {nearest(flag, FLAGS)}?')
     if unknown:
@@ -94,17 +108,23 @@ def run(argv: Sequence[str]) -> None:
     """Does what the flags say; raises UserError for what is the user's to mend."""
     flags, overrides = parse_flags(argv)
     from psp_jax.config import config_name, load_config
+
     config = load_config(flags.config, overrides) if flags.config else None
-    name = config_name(flags.config) if flags.config else os.path.basename(
-        os.path.normpath(flags.workdir))
+    name = (
+        config_name(flags.config)
+        if flags.config
+        else os.path.basename(os.path.normpath(flags.workdir))
+    )
     workdir = flags.workdir or os.path.join('runs', name)
 
     quieten_libraries()
     if config is not None and flags.mode == 'train':
         from psp_jax import train
+
         train.train_and_evaluate(config, workdir, name)
     else:
         from psp_jax import evaluate
+
         evaluate.evaluate_checkpoint(config, workdir, flags.checkpoint or 'latest', overrides)
 
 
@@ -114,13 +134,13 @@ def quieten_libraries() -> None:
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
     from absl import logging
+
     logging.set_verbosity(logging.ERROR)
 
 
 def disk_is_full(error: BaseException) -> bool:
     """Whether the error, of Python or of a library's C++, says that a disk is full."""
-    return (getattr(error, 'errno', None) == errno.ENOSPC
-            or os.strerror(errno.ENOSPC) in str(error))
+    return getattr(error, 'errno', None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,8 +157,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not disk_is_full(error):
             raise
         where = getattr(error, 'filename', None) or 'the working directory'
-        print(f'psp_jax: error: no space left on the disk of {where}; free some and run the same '
-              'command again', file=sys.stderr)
+        print(
+            f'psp_jax: error: no space left on the disk of {where}; free some and run the same '
+            'command again',
+            file=sys.stderr,
+        )
         return 2
     return 0
 

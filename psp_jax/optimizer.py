@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 
 class Group(NamedTuple):
-    """Parameters that share a rate: those in whose path `pattern` is found, and no earlier group's."""
+    """Parameters that share a rate: `pattern` is found in their path, and no earlier group's is."""
 
     pattern: str
     multiplier: float  # of the learning rate
@@ -55,7 +55,9 @@ def table(params: Any, optimizer: ConfigDict) -> str:
     for group in groups(optimizer):
         members = [size for size, g in zip(sizes, found, strict=True) if g == group]
         rate = optimizer.learning_rate * group.multiplier
-        lines.append(f'{group.pattern:<48}{len(members):>8}{sum(members):>13,}{rate:>9g}{group.decay:>9g}')
+        lines.append(
+            f'{group.pattern:<48}{len(members):>8}{sum(members):>13,}{rate:>9g}{group.decay:>9g}'
+        )
     return '\n'.join(lines)
 
 

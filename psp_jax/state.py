@@ -26,7 +26,7 @@ def init_variables(model: PSPNet, seed: int) -> dict[str, Any]:
     key = jax.random.key(seed)
     # Parameters do not depend on the image size; 33 x 33 is the smallest that every part accepts.
     images = jnp.zeros((1, 33, 33, 3), model.dtype)
-    return model.init({'params': key, 'dropout': key}, images, True)
+    return dict(model.init({'params': key, 'dropout': key}, images, True))
 
 
 def create_state(model: PSPNet, tx: optax.GradientTransformation, seed: int) -> TrainState:

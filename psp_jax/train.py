@@ -1,7 +1,6 @@
 """A training run, from the configuration to the last checkpoint."""
 
 import time
-from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -25,8 +24,12 @@ from psp_jax.state import TrainState, create_state, enable_float64, init_variabl
 
 
 def train_step(
-    state: TrainState, batch: dict[str, jax.Array], *, model: pspnet.PSPNet,
-    tx: optax.GradientTransformation, config: ConfigDict,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    model: pspnet.PSPNet,
+    tx: optax.GradientTransformation,
+    config: ConfigDict,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of SGD on the global batch: the next state, and scalars about this step.
 
@@ -40,8 +43,11 @@ def train_step(
 
     def loss_fn(params: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
         (logits, aux_logits), updates = model.apply(
-            {'params': params, 'batch_stats': state.batch_stats}, images, True,
-            mutable=['batch_stats'], rngs={'dropout': dropout},
+            {'params': params, 'batch_stats': state.batch_stats},
+            images,
+            True,
+            mutable=['batch_stats'],
+            rngs={'dropout': dropout},
         )
         matrices = [
             resize_matrix(logits.shape[axis], labels.shape[axis], model.align_corners)
@@ -67,9 +73,11 @@ def train_step(
 
 
 def compile_step(
-    mesh: jax.sharding.Mesh, model: pspnet.PSPNet, tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    model: pspnet.PSPNet,
+    tx: optax.GradientTransformation,
     config: ConfigDict,
-) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+) -> jax.stages.Wrapped:
     """`train_step` jitted over the mesh: state replicated and donated, batch split."""
     return jax.jit(
         lambda state, batch: train_step(state, batch, model=model, tx=tx, config=config),
@@ -103,7 +111,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     )
     if config.batch_size != config.optimizer.recipe_batch_size:
         report.say(
-            f'note: batch_size {config.batch_size} is not the recipe\'s '
+            f"note: batch_size {config.batch_size} is not the recipe's "
             f'{config.optimizer.recipe_batch_size}: learning rate and batch statistics differ'
         )
 
@@ -115,7 +123,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     make_state = jax.jit(
         lambda: create_state(model, tx, config.seed), out_shardings=replicated(mesh)
     )
-    step_fn = compile_step(mesh, model, tx, config)
     evaluate_fn = evaluate.make_evaluator(config, model, eval_source)
 
     # ---- A run that was interrupted goes on
@@ -123,7 +130,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     first = manager.latest_step() or 0
     if first:
         path = checkpoint.directory(workdir)
-        check_resume(from_json(checkpoint.read_meta(path, first)['config']), config, path / str(first))
+        check_resume(
+            from_json(checkpoint.read_meta(path, first)['config']), config, path / str(first)
+        )
         state = checkpoint.restore(path, first, on_devices(jax.eval_shape(make_state), mesh))
         report.say(f'continuing from step {first} of {path / str(first)}')
     else:
@@ -134,12 +143,18 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     # known to be finite.
     writer = report.Writer(workdir)
     batches = train_batches(
-        source, config, start_step=first,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        source,
+        config,
+        start_step=first,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
     speed, interval = report.Speed(), []
 
-    def next_batch() -> dict[str, jax.Array]:
+    def batch_of(step: int) -> Any:
+        """The batch of a step on the devices; nothing is read after the last step."""
+        if step > config.total_steps:
+            return None
         start = time.perf_counter()
         host = next(batches)
         speed.waited += time.perf_counter() - start
@@ -156,8 +171,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
         seconds, wait = speed.read()
         means = {name: float(np.mean([v[name] for v in interval])) for name in values}
         means |= {
-            'learning_rate': values['learning_rate'], 'seconds_per_step': seconds,
-            'images_per_second': config.batch_size / seconds, 'data_wait': wait,
+            'learning_rate': values['learning_rate'],
+            'seconds_per_step': seconds,
+            'images_per_second': config.batch_size / seconds,
+            'data_wait': wait,
         }
         interval.clear()
         writer.scalars(step, means)
@@ -165,10 +182,17 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
 
     try:
         unread = None
-        batch = next_batch() if first < config.total_steps else None
+        batch = batch_of(first + 1)
+        if batch is None:
+            report.say(f'step {first} is the last: the run is finished')
+        else:
+            start = time.perf_counter()
+            step_fn = compile_step(mesh, model, tx, config).lower(state, batch).compile()
+            report.say(f'compiled in {report.duration(time.perf_counter() - start)}')
+            speed.reset()
         for step in range(first + 1, config.total_steps + 1):
             state, scalars = step_fn(state, batch)
-            batch = next_batch() if step < config.total_steps else None
+            batch = batch_of(step + 1)
             if unread:
                 read(*unread)
             unread = step, scalars

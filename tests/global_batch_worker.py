@@ -1,6 +1,6 @@
 """Trains three steps on N CPU devices in float64 and saves what came out: for test_train.py.
 
-    python tests/global_batch_worker.py DEVICES OUTPUT.npz
+python tests/global_batch_worker.py DEVICES OUTPUT.npz
 """
 
 import sys

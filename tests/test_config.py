@@ -44,7 +44,8 @@ def write_config(folder: Path, line: str) -> str:
         '    config = default_config()\n'
         "    config.data.classes = '3'\n"
         f'    {line}\n'
-        '    return config\n')
+        '    return config\n'
+    )
     return str(path)
 
 
@@ -54,11 +55,21 @@ def write_config(folder: Path, line: str) -> str:
 def test_defaults_are_the_papers_recipe():
     # section 5.1 of the paper; crop, ImageNet's mean and deviation and the head's rate: semseg
     paper = {
-        'optimizer.learning_rate': 0.01, 'optimizer.power': 0.9, 'optimizer.momentum': 0.9,
-        'optimizer.weight_decay': 0.0001, 'batch_size': 16, 'total_steps': 150000,
-        'loss.aux_weight': 0.4, 'data.scale': (0.5, 2), 'data.rotate': 10,
-        'model.bins': (1, 2, 3, 6), 'data.crop': 473, 'optimizer.head_multiplier': 10,
-        'optimizer.warmup_steps': 0, 'optimizer.recipe_batch_size': 16, 'model.dropout': 0.1,
+        'optimizer.learning_rate': 0.01,
+        'optimizer.power': 0.9,
+        'optimizer.momentum': 0.9,
+        'optimizer.weight_decay': 0.0001,
+        'batch_size': 16,
+        'total_steps': 150000,
+        'loss.aux_weight': 0.4,
+        'data.scale': (0.5, 2),
+        'data.rotate': 10,
+        'model.bins': (1, 2, 3, 6),
+        'data.crop': 473,
+        'optimizer.head_multiplier': 10,
+        'optimizer.warmup_steps': 0,
+        'optimizer.recipe_batch_size': 16,
+        'model.dropout': 0.1,
         'model.dilation': 'full',
     }
     flat = flatten(default_config())
@@ -121,7 +132,7 @@ def keys_read(source: str) -> set[str]:
 
 
 def test_the_search_for_reads_sees_reads_and_nothing_else():
-    source = '''
+    source = """
 import optimizer
 def f(config: ConfigDict, data: ConfigDict, model: Model):
     config.seed = 1
@@ -130,16 +141,27 @@ def f(config: ConfigDict, data: ConfigDict, model: Model):
     return lambda: (rates.momentum, seed.aux_weight, config.eval.panels, model[split])
 def g(data: ConfigDict):
     data[split], data[other]
-'''
+"""
     leaves = set(flatten(default_config()))
     assert keys_read(source) & leaves == {
-        'data.crop', 'optimizer.momentum', 'loss.aux_weight', 'eval.panels',
-        'data.train', 'data.val', 'data.test'}
+        'data.crop',
+        'optimizer.momentum',
+        'loss.aux_weight',
+        'eval.panels',
+        'data.train',
+        'data.val',
+        'data.test',
+    }
 
 
 def test_every_default_key_is_read():
-    read = set().union(*(keys_read(path.read_text()) for path in SOURCES
-                         if path.name not in ('config.py', 'legal.py')))
+    read = set().union(
+        *(
+            keys_read(path.read_text())
+            for path in SOURCES
+            if path.name not in ('config.py', 'legal.py')
+        )
+    )
     assert sorted(set(flatten(default_config())) - read) == []
 
 
@@ -147,15 +169,30 @@ def test_every_default_key_is_read():
 
 
 def test_parse_arg_types_values_by_the_defaults():
-    args = parse_arg('depth=101, recipe=semseg,bins=(1,2,3),reduce=FALSE,aux=1',
-                     depth=50, recipe='paper', bins=(1,), reduce=True, aux=0.4, pool='average')
-    assert vars(args) == {'depth': 101, 'recipe': 'semseg', 'bins': (1, 2, 3), 'reduce': False,
-                          'aux': 1.0, 'pool': 'average'}
+    args = parse_arg(
+        'depth=101, recipe=semseg,bins=(1,2,3),reduce=FALSE,aux=1',
+        depth=50,
+        recipe='paper',
+        bins=(1,),
+        reduce=True,
+        aux=0.4,
+        pool='average',
+    )
+    assert vars(args) == {
+        'depth': 101,
+        'recipe': 'semseg',
+        'bins': (1, 2, 3),
+        'reduce': False,
+        'aux': 1.0,
+        'pool': 'average',
+    }
     assert isinstance(args.aux, float)
 
 
-@pytest.mark.parametrize(('text', 'bins'), [
-    ('()', ()), ('(1)', (1,)), ('1', (1,)), ('(1,)', (1,)), ('(1, 2)', (1, 2)), ('[1,2]', None)])
+@pytest.mark.parametrize(
+    ('text', 'bins'),
+    [('()', ()), ('(1)', (1,)), ('1', (1,)), ('(1,)', (1,)), ('(1, 2)', (1, 2)), ('[1,2]', None)],
+)
 def test_parse_arg_reads_tuples_as_they_are_written(text, bins):
     if bins is None:
         with pytest.raises(UserError, match='expected a tuple of integers'):
@@ -164,12 +201,15 @@ def test_parse_arg_reads_tuples_as_they_are_written(text, bins):
         assert parse_arg(f'bins={text}', bins=(1, 2, 3, 6)).bins == bins
 
 
-@pytest.mark.parametrize(('arg', 'message'), [
-    ('dpeth=101', "'dpeth' is unknown; did you mean 'depth'? There are: depth, bins"),
-    ('depth', r"'depth' needs a value, as in depth=50"),
-    ('depth=deep', "depth=deep: expected an integer, got 'deep'"),
-    ('depth=50.5', 'depth=50.5: expected an integer, got 50.5'),
-])
+@pytest.mark.parametrize(
+    ('arg', 'message'),
+    [
+        ('dpeth=101', "'dpeth' is unknown; did you mean 'depth'? There are: depth, bins"),
+        ('depth', r"'depth' needs a value, as in depth=50"),
+        ('depth=deep', "depth=deep: expected an integer, got 'deep'"),
+        ('depth=50.5', 'depth=50.5: expected an integer, got 50.5'),
+    ],
+)
 def test_parse_arg_refuses(arg, message):
     with pytest.raises(UserError, match=message.replace('?', r'\?')):
         parse_arg(arg, depth=50, bins=(1, 2))
@@ -177,34 +217,59 @@ def test_parse_arg_refuses(arg, message):
 
 def test_overrides_come_with_an_equals_sign_or_as_the_next_word():
     config = default_config()
-    apply_overrides(config, [
-        '--config.seed', '7', '--config.mesh.data', '-1', '--config.data.root=/a folder=b',
-        '--config.data.crop=(65, 129)', '--config.optimizer.power=1', '--config.model.bins=()',
-        '--config.model.reduce=false', '--config.data.label_map={11: 255}',
-        '--config.total_steps=1_000', '--config.optimizer.weight_decay=1e-3'])
-    changed = {key: value for key, value in flatten(config).items()
-               if value != flatten(default_config())[key]}
+    apply_overrides(
+        config,
+        [
+            '--config.seed',
+            '7',
+            '--config.mesh.data',
+            '-1',
+            '--config.data.root=/a folder=b',
+            '--config.data.crop=(65, 129)',
+            '--config.optimizer.power=1',
+            '--config.model.bins=()',
+            '--config.model.reduce=false',
+            '--config.data.label_map={11: 255}',
+            '--config.total_steps=1_000',
+            '--config.optimizer.weight_decay=1e-3',
+        ],
+    )
+    changed = {
+        key: value
+        for key, value in flatten(config).items()
+        if value != flatten(default_config())[key]
+    }
     assert changed == {
-        'seed': 7, 'data.root': '/a folder=b', 'data.crop': (65, 129), 'optimizer.power': 1.0,
-        'model.bins': (), 'model.reduce': False, 'data.label_map': '{11: 255}',
-        'total_steps': 1000, 'optimizer.weight_decay': 0.001}
+        'seed': 7,
+        'data.root': '/a folder=b',
+        'data.crop': (65, 129),
+        'optimizer.power': 1.0,
+        'model.bins': (),
+        'model.reduce': False,
+        'data.label_map': '{11: 255}',
+        'total_steps': 1000,
+        'optimizer.weight_decay': 0.001,
+    }
     assert isinstance(config.optimizer.power, float)
 
 
-@pytest.mark.parametrize(('override', 'message'), [
-    ('data.crp=65', "config key 'data.crp' is unknown; did you mean 'data.crop'?"),
-    ('crop=65', "config key 'crop' is unknown; did you mean 'data.crop'?"),
-    ('total_step=65', "config key 'total_step' is unknown; did you mean 'total_steps'?"),
-    ('optimiser.momentum=0', "did you mean 'optimizer.momentum'?"),
-    ('model=50', "config key 'model' is a group; its keys are model.depth, model.stem"),
-    ('seed', '--config.seed needs a value'),
-    ('model.depth=fifty', "model.depth=fifty: expected an integer, got 'fifty' (str)"),
-    ('model.reduce=1', "model.reduce=1: expected true or false, got '1'"),
-    ('data.crop=(1, 2, 3)', 'data.crop=(1, 2, 3): expected an integer or (height, width)'),
-    ('data.crop=True', 'data.crop=true: expected an integer or (height, width)'),
-    ('data.scale=(a, b)', 'data.scale=(a, b): expected a tuple of numbers, such as (0.5, 2.0)'),
-    ('seed=1.0', 'seed=1.0: expected an integer, got 1.0 (float)'),
-])
+@pytest.mark.parametrize(
+    ('override', 'message'),
+    [
+        ('data.crp=65', "config key 'data.crp' is unknown; did you mean 'data.crop'?"),
+        ('crop=65', "config key 'crop' is unknown; did you mean 'data.crop'?"),
+        ('total_step=65', "config key 'total_step' is unknown; did you mean 'total_steps'?"),
+        ('optimiser.momentum=0', "did you mean 'optimizer.momentum'?"),
+        ('model=50', "config key 'model' is a group; its keys are model.depth, model.stem"),
+        ('seed', '--config.seed needs a value'),
+        ('model.depth=fifty', "model.depth=fifty: expected an integer, got 'fifty' (str)"),
+        ('model.reduce=1', "model.reduce=1: expected true or false, got '1'"),
+        ('data.crop=(1, 2, 3)', 'data.crop=(1, 2, 3): expected an integer or (height, width)'),
+        ('data.crop=True', 'data.crop=true: expected an integer or (height, width)'),
+        ('data.scale=(a, b)', 'data.scale=(a, b): expected a tuple of numbers, such as (0.5, 2.0)'),
+        ('seed=1.0', 'seed=1.0: expected an integer, got 1.0 (float)'),
+    ],
+)
 def test_an_override_that_is_wrong_says_how(override, message):
     with pytest.raises(UserError) as raised:
         load_config(CUSTOM, [f'--config.{override}'])
@@ -212,39 +277,48 @@ def test_an_override_that_is_wrong_says_how(override, message):
     assert '\n' not in str(raised.value)
 
 
-@pytest.mark.parametrize(('override', 'message'), [
-    ('model.depth=51', 'model.depth=51: must be one of 18, 34, 50, 101, 152, 269'),
-    ('dtype=float16', 'dtype=float16: must be one of float32, bfloat16'),
-    ('data.source=tfds', 'must be one of list, dirs, scenes'),
-    ('eval.split=vall', 'must be one of train, val, test'),
-    ('batch_size=0', 'batch_size=0: must be positive'),
-    ('checkpoint_every=-5', 'checkpoint_every=-5: must be positive'),
-    ('optimizer.learning_rate=nan', 'optimizer.learning_rate=nan: must be finite'),
-    ('optimizer.warmup_steps=-1', 'must be 0 or more'),
-    ('optimizer.warmup_steps=20000', 'must be less than total_steps=20000'),
-    ('data.scale=(2, 0.5)', 'data.scale=(2.0, 0.5): must be two positive numbers, the lower first'),
-    ('data.scale=2', 'must be two positive numbers, the lower first'),
-    ('data.mirror=1.5', 'must be a probability'),
-    ('data.rotate=-10', 'must be from 0 to 180 degrees'),
-    ('data.std=(1, 0, 1)', 'must be three positive numbers'),
-    ('model.dropout=1', 'must be 0 or more and less than 1'),
-    ('model.bins=(1, 0)', 'model.bins=(1, 0): must be positive integers'),
-    ('mesh.data=0', 'must be positive, or -1'),
-    ('seed=4294967296', 'less than 2 ** 31'),
-    ('data.classes=', "data.classes='': must be set"),
-])
+@pytest.mark.parametrize(
+    ('override', 'message'),
+    [
+        ('model.depth=51', 'model.depth=51: must be one of 18, 34, 50, 101, 152, 269'),
+        ('dtype=float16', 'dtype=float16: must be one of float32, bfloat16'),
+        ('data.source=tfds', 'must be one of list, dirs, scenes'),
+        ('eval.split=vall', 'must be one of train, val, test'),
+        ('batch_size=0', 'batch_size=0: must be positive'),
+        ('checkpoint_every=-5', 'checkpoint_every=-5: must be positive'),
+        ('optimizer.learning_rate=nan', 'optimizer.learning_rate=nan: must be finite'),
+        ('optimizer.warmup_steps=-1', 'must be 0 or more'),
+        ('optimizer.warmup_steps=20000', 'must be less than total_steps=20000'),
+        (
+            'data.scale=(2, 0.5)',
+            'data.scale=(2.0, 0.5): must be two positive numbers, the lower first',
+        ),
+        ('data.scale=2', 'must be two positive numbers, the lower first'),
+        ('data.mirror=1.5', 'must be a probability'),
+        ('data.rotate=-10', 'must be from 0 to 180 degrees'),
+        ('data.std=(1, 0, 1)', 'must be three positive numbers'),
+        ('model.dropout=1', 'must be 0 or more and less than 1'),
+        ('model.bins=(1, 0)', 'model.bins=(1, 0): must be positive integers'),
+        ('mesh.data=0', 'must be positive, or -1'),
+        ('seed=4294967296', 'less than 2 ** 31'),
+        ('data.classes=', "data.classes='': must be set"),
+    ],
+)
 def test_an_illegal_value_is_named_with_what_is_legal(override, message):
     with pytest.raises(UserError) as raised:
         load_config(CUSTOM, [f'--config.{override}'])
     assert message in str(raised.value)
 
 
-@pytest.mark.parametrize(('crop', 'message'), [
-    ('100', 'data.crop=100: a crop must be 8n + 1 (97 or 105), so that'),
-    ('(65, 96)', 'data.crop=(65, 96): a crop must be 8n + 1 (89 or 97), so that'),
-    ('1', 'data.crop=1: a crop must be 8n + 1 (9), so that'),
-    ('-7', 'data.crop=-7: a crop must be 8n + 1 (9), so that'),
-])
+@pytest.mark.parametrize(
+    ('crop', 'message'),
+    [
+        ('100', 'data.crop=100: a crop must be 8n + 1 (97 or 105), so that'),
+        ('(65, 96)', 'data.crop=(65, 96): a crop must be 8n + 1 (89 or 97), so that'),
+        ('1', 'data.crop=1: a crop must be 8n + 1 (9), so that'),
+        ('-7', 'data.crop=-7: a crop must be 8n + 1 (9), so that'),
+    ],
+)
 def test_a_crop_that_is_not_8n_plus_1_is_told_its_neighbours(crop, message):
     with pytest.raises(UserError) as raised:
         load_config(CUSTOM, [f'--config.data.crop={crop}'])
@@ -269,17 +343,25 @@ def test_crops_are_legal_where_the_stride_meets_both_edges(side, align_corners):
 # ---- config files
 
 
-@pytest.mark.parametrize(('line', 'message'), [
-    ('config.data.crp = 65', "line 5: config key 'crp' is unknown; did you mean 'data.crop'?"),
-    ("config['data']['crp'] = 65", "line 5: config key 'crp' is unknown"),
-    ('config.dta.crop = 65', "line 5: config key 'dta' is unknown; did you mean 'data'?"),
-    ('print(config.model.dpeth)', "line 5: config key 'dpeth' is unknown; did you mean "
-                                  "'model.depth'?"),
-    ("config.total_steps = 'many'", 'total_steps=many: expected an integer'),
-    ('config.data.crop = [65, 65]', 'data.crop=[65, 65]: expected an integer or (height, width)'),
-    ('config.data = 3', "config key 'data' is a group"),
-    ('return {}', 'get_config returned dict, not a ConfigDict'),
-])
+@pytest.mark.parametrize(
+    ('line', 'message'),
+    [
+        ('config.data.crp = 65', "line 5: config key 'crp' is unknown; did you mean 'data.crop'?"),
+        ("config['data']['crp'] = 65", "line 5: config key 'crp' is unknown"),
+        ('config.dta.crop = 65', "line 5: config key 'dta' is unknown; did you mean 'data'?"),
+        (
+            'print(config.model.dpeth)',
+            "line 5: config key 'dpeth' is unknown; did you mean 'model.depth'?",
+        ),
+        ("config.total_steps = 'many'", 'total_steps=many: expected an integer'),
+        (
+            'config.data.crop = [65, 65]',
+            'data.crop=[65, 65]: expected an integer or (height, width)',
+        ),
+        ('config.data = 3', "config key 'data' is a group"),
+        ('return {}', 'get_config returned dict, not a ConfigDict'),
+    ],
+)
 def test_a_config_file_that_is_wrong_says_where(tmp_path, line, message):
     with pytest.raises(UserError) as raised:
         load_config(write_config(tmp_path, line))
@@ -292,11 +374,14 @@ def test_a_bug_in_a_config_file_stays_a_bug(tmp_path, line):
         load_config(write_config(tmp_path, line))
 
 
-@pytest.mark.parametrize(('path', 'message'), [
-    ('configs/nothing.py', 'configs/nothing.py: there is no such file'),
-    ('configs/ade20k', 'expected a Python file'),
-    ('psp_jax/errors.py', 'defines no function get_config'),
-])
+@pytest.mark.parametrize(
+    ('path', 'message'),
+    [
+        ('configs/nothing.py', 'configs/nothing.py: there is no such file'),
+        ('configs/ade20k', 'expected a Python file'),
+        ('psp_jax/errors.py', 'defines no function get_config'),
+    ],
+)
 def test_a_config_that_is_no_config_file_says_so(path, message):
     with pytest.raises(UserError, match=message):
         load_config(path)
@@ -324,14 +409,22 @@ def test_set_depth_narrows_the_heads_of_basic_block_networks(depth):
 
 
 def test_json_keeps_every_value_and_tuples():
-    config = legal_config(**{'data.crop': (65, 129), 'model.bins': (), 'seed': 3,
-                             'data.label_map': '{11: 255}', 'optimizer.power': 1})
+    config = legal_config(
+        **{
+            'data.crop': (65, 129),
+            'model.bins': (),
+            'seed': 3,
+            'data.label_map': '{11: 255}',
+            'optimizer.power': 1,
+        }
+    )
     text = to_json(config)
     assert json.loads(text)['data.crop'] == [65, 129]
     back = flatten(from_json(text))
     assert back == flatten(config)
     assert {key: type(value) for key, value in back.items()} == {
-        key: type(value) for key, value in flatten(config).items()}
+        key: type(value) for key, value in flatten(config).items()
+    }
 
 
 def test_json_of_an_older_version_takes_defaults_and_of_a_newer_is_refused():
@@ -350,9 +443,22 @@ def other_value(value):
 
 @pytest.mark.parametrize('key', flatten(default_config()))
 def test_a_run_resumes_only_where_the_mathematics_is_the_same(key):
-    free = {'log_every', 'eval_every', 'checkpoint_every', 'checkpoint_keep', 'eval.protocol',
-            'eval.split', 'eval.base_size', 'eval.batch_size', 'eval.panels', 'mesh.data',
-            'data.root', 'data.threads', 'data.val', 'data.test'}
+    free = {
+        'log_every',
+        'eval_every',
+        'checkpoint_every',
+        'checkpoint_keep',
+        'eval.protocol',
+        'eval.split',
+        'eval.base_size',
+        'eval.batch_size',
+        'eval.panels',
+        'mesh.data',
+        'data.root',
+        'data.threads',
+        'data.val',
+        'data.test',
+    }
     before, now = default_config(), default_config()
     assert resume_differences(before, now) == []
     *groups, name = key.split('.')

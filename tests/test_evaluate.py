@@ -12,7 +12,7 @@ import pytest
 
 from psp_jax.config import default_config
 from psp_jax.data.sources import Source
-from psp_jax.evaluate import batches_of_one_shape, full_matrix, make_evaluator, network_size
+from psp_jax.evaluate import batches_of_one_shape, full_matrix, network_size
 from psp_jax.model import pspnet
 from psp_jax.state import enable_float64, init_variables
 
@@ -53,7 +53,10 @@ def variables_and_model(config):
     images = np.stack([cv2.resize(read(i)[0], (49, 49)) for i in range(4)])
     _, updates = jax.jit(
         lambda v, x: model.apply(
-            v, pspnet.normalise(x, config), True, mutable=['batch_stats'],
+            v,
+            pspnet.normalise(x, config),
+            True,
+            mutable=['batch_stats'],
             rngs={'dropout': jax.random.key(0)},
         )
     )(variables, images)
@@ -106,7 +109,8 @@ def test_every_image_counts_exactly_once(tmp_path):
         path = tmp_path / f'{devices}.npz'
         subprocess.run(
             [sys.executable, '-c', script, str(devices), str(path), *batch_sizes],
-            check=True, timeout=900,
+            check=True,
+            timeout=900,
             env={**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'},
         )
         found |= {f'{devices} devices, {k}': v for k, v in np.load(path).items()}
@@ -124,7 +128,7 @@ def test_batches_hold_every_example_once_and_images_of_one_size():
     seen = []
     for indices, originals, images, labels in batches_of_one_shape(examples, 4, 0, True):
         assert len(images) == len(labels) == 4
-        assert (labels[len(indices):] == 255).all()
+        assert (labels[len(indices) :] == 255).all()
         for row, index in enumerate(indices):
             np.testing.assert_array_equal(labels[row], read(index)[1])
             np.testing.assert_array_equal(originals[row], read(index)[0])

@@ -28,15 +28,15 @@ def example(rng, batch, height, width, classes):
     logits = rng.normal(scale=3, size=(batch, *features, classes)).astype(np.float32)
     labels = rng.integers(0, classes, (batch, height, width)).astype(np.uint8)
     labels[rng.random(labels.shape) < 0.3] = 255
-    matrices = [
-        resize_matrix(f, s, True) for f, s in zip(features, (height, width), strict=True)
-    ]
+    matrices = [resize_matrix(f, s, True) for f, s in zip(features, (height, width), strict=True)]
     return logits, labels, matrices
 
 
 @settings(max_examples=10, deadline=None)
 @given(
-    st.integers(0, 10**6), st.sampled_from([9, 33, 41, 65]), st.sampled_from([17, 73]),
+    st.integers(0, 10**6),
+    st.sampled_from([9, 33, 41, 65]),
+    st.sampled_from([17, 73]),
     st.integers(2, 9),
 )
 def test_loss_equals_numpy_at_sizes_that_do_not_divide_into_blocks(seed, height, width, classes):
@@ -51,9 +51,7 @@ def test_gradient_equals_finite_differences():
     for index in [(0, 0, 0, 0), (0, 2, 1, 3), (0, 5, 2, 1)]:
         step = np.zeros_like(logits)
         step[index] = 1e-3
-        up, down = (
-            loss_by_numpy(logits + s, labels, *matrices) for s in (step, -step)
-        )
+        up, down = (loss_by_numpy(logits + s, labels, *matrices) for s in (step, -step))
         assert float(gradient[index]) == pytest.approx((up - down) / 2e-3, rel=1e-2, abs=1e-6)
 
 

@@ -23,10 +23,18 @@ def _in_the_repository(monkeypatch):
 def calls(monkeypatch):
     """Puts recorders in the place of training and evaluation; a list of their calls."""
     made = []
-    monkeypatch.setattr(psp_jax, 'train', SimpleNamespace(
-        train_and_evaluate=lambda *args: made.append(('train', *args))), raising=False)
-    monkeypatch.setattr(psp_jax, 'evaluate', SimpleNamespace(
-        evaluate_checkpoint=lambda *args: made.append(('eval', *args))), raising=False)
+    monkeypatch.setattr(
+        psp_jax,
+        'train',
+        SimpleNamespace(train_and_evaluate=lambda *args: made.append(('train', *args))),
+        raising=False,
+    )
+    monkeypatch.setattr(
+        psp_jax,
+        'evaluate',
+        SimpleNamespace(evaluate_checkpoint=lambda *args: made.append(('eval', *args))),
+        raising=False,
+    )
     return made
 
 
@@ -35,49 +43,73 @@ def training_raises(monkeypatch):
     def install(error):
         def train_and_evaluate(*args):
             raise error
-        monkeypatch.setattr(psp_jax, 'train', SimpleNamespace(
-            train_and_evaluate=train_and_evaluate), raising=False)
+
+        monkeypatch.setattr(
+            psp_jax, 'train', SimpleNamespace(train_and_evaluate=train_and_evaluate), raising=False
+        )
+
     return install
 
 
 def test_help_shows_the_contract_without_a_heavy_import():
-    code = ('import sys\nfrom psp_jax.main import main\ntry:\n    main(["--help"])\nfinally:\n'
-            '    print(sorted({"jax", "tensorflow", "numpy", "flax"} & set(sys.modules)))')
+    code = (
+        'import sys\nfrom psp_jax.main import main\ntry:\n    main(["--help"])\nfinally:\n'
+        '    print(sorted({"jax", "tensorflow", "numpy", "flax"} & set(sys.modules)))'
+    )
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert run.returncode == 0 and run.stderr == ''
     *help_lines, imported = run.stdout.splitlines()
     assert imported == '[]'
-    for word in ('--config', '--workdir', '--mode', '--checkpoint', 'train', 'eval', 'latest',
-                 'best', '--config.key=value', 'runs/NAME'):
+    for word in (
+        '--config',
+        '--workdir',
+        '--mode',
+        '--checkpoint',
+        'train',
+        'eval',
+        'latest',
+        'best',
+        '--config.key=value',
+        'runs/NAME',
+    ):
         assert word in '\n'.join(help_lines)
 
 
 def test_an_error_of_the_users_is_one_line_and_exit_code_2():
     run = subprocess.run(
         [sys.executable, '-m', 'psp_jax.main', '--config', SCENES, '--config.data.crp=65'],
-        capture_output=True, text=True)
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 2 and run.stdout == ''
-    assert run.stderr == ("psp_jax: error: config key 'data.crp' is unknown; did you mean "
-                          "'data.crop'?\n")
+    assert run.stderr == (
+        "psp_jax: error: config key 'data.crp' is unknown; did you mean 'data.crop'?\n"
+    )
 
 
-@pytest.mark.parametrize(('argv', 'message'), [
-    ('', '--mode train needs --config'),
-    ('--workdir runs/a', '--mode train needs --config'),
-    ('--mode eval', '--mode eval needs --config or --workdir'),
-    ('--mode evla --config configs/scenes.py', "invalid choice: 'evla'"),
-    ('--confg configs/scenes.py', 'flag --confg is unknown; did you mean --config?'),
-    ('--work=runs/a --config configs/scenes.py', 'flag --work is unknown; did you mean --workdir?'),
-    ('--config', '--config: expected one argument'),
-    ('configs/scenes.py', "'configs/scenes.py' belongs to no flag"),
-    ('--config configs/scenes.py --checkpoint best', '--checkpoint is for --mode eval'),
-    ('--config configs/scenes.py --config.seed', '--config.seed needs a value'),
-    ('--config configs/scenes.py --config.seed --mode eval', '--config.seed needs a value'),
-    ('--config configs/scene.py', 'configs/scene.py: there is no such file'),
-    ('--config configs/scenes.py:seeed=1', "'seeed' is unknown; did you mean 'seed'?"),
-    ('--config configs/scenes.py --config.data.crop=100', 'a crop must be 8n + 1 (97 or 105)'),
-    ('--config configs/scenes.py --config.total_steps=x', 'total_steps=x: expected an integer'),
-])
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        ('', '--mode train needs --config'),
+        ('--workdir runs/a', '--mode train needs --config'),
+        ('--mode eval', '--mode eval needs --config or --workdir'),
+        ('--mode evla --config configs/scenes.py', "invalid choice: 'evla'"),
+        ('--confg configs/scenes.py', 'flag --confg is unknown; did you mean --config?'),
+        (
+            '--work=runs/a --config configs/scenes.py',
+            'flag --work is unknown; did you mean --workdir?',
+        ),
+        ('--config', '--config: expected one argument'),
+        ('configs/scenes.py', "'configs/scenes.py' belongs to no flag"),
+        ('--config configs/scenes.py --checkpoint best', '--checkpoint is for --mode eval'),
+        ('--config configs/scenes.py --config.seed', '--config.seed needs a value'),
+        ('--config configs/scenes.py --config.seed --mode eval', '--config.seed needs a value'),
+        ('--config configs/scene.py', 'configs/scene.py: there is no such file'),
+        ('--config configs/scenes.py:seeed=1', "'seeed' is unknown; did you mean 'seed'?"),
+        ('--config configs/scenes.py --config.data.crop=100', 'a crop must be 8n + 1 (97 or 105)'),
+        ('--config configs/scenes.py --config.total_steps=x', 'total_steps=x: expected an integer'),
+    ],
+)
 def test_bad_flags_are_one_line_and_exit_code_2(argv, message, calls, capsys):
     assert main(argv.split()) == 2
     printed = capsys.readouterr()
@@ -106,15 +138,28 @@ def test_evaluation_takes_the_configuration_from_the_checkpoint_unless_given(cal
 def test_overrides_keep_their_order_among_other_flags():
     argv = '--config.a=1 --workdir w --config.b -2 --mode eval --config.c'.split()
     assert split_overrides(argv) == (
-        ['--config.a=1', '--config.b', '-2', '--config.c'], ['--workdir', 'w', '--mode', 'eval'])
+        ['--config.a=1', '--config.b', '-2', '--config.c'],
+        ['--workdir', 'w', '--mode', 'eval'],
+    )
 
 
-@pytest.mark.parametrize(('error', 'code', 'message'), [
-    (UserError('3.png: value 12 is no class'), 2, 'psp_jax: error: 3.png: value 12 is no class'),
-    (KeyboardInterrupt(), 130, 'psp_jax: interrupted'),
-    (OSError(errno.ENOSPC, 'No space left on device', 'a'), 2, 'no space left on the disk of a;'),
-    (ValueError('RESOURCE_EXHAUSTED: No space left on device [errno 28]'), 2, 'no space left'),
-])
+@pytest.mark.parametrize(
+    ('error', 'code', 'message'),
+    [
+        (
+            UserError('3.png: value 12 is no class'),
+            2,
+            'psp_jax: error: 3.png: value 12 is no class',
+        ),
+        (KeyboardInterrupt(), 130, 'psp_jax: interrupted'),
+        (
+            OSError(errno.ENOSPC, 'No space left on device', 'a'),
+            2,
+            'no space left on the disk of a;',
+        ),
+        (ValueError('RESOURCE_EXHAUSTED: No space left on device [errno 28]'), 2, 'no space left'),
+    ],
+)
 def test_what_stops_a_run_is_one_line(error, code, message, training_raises, capsys):
     training_raises(error)
     assert main(['--config', SCENES]) == code

@@ -61,9 +61,9 @@ def test_parameter_count_of_the_small_network_and_its_parts():
 def test_output_stride_is_eight(stem, dilation, size, cells):
     backbone = ResNet(50, stem, dilation)
     shapes = jax.eval_shape(
-        lambda: backbone.init_with_output(
-            jax.random.key(0), jnp.zeros((1, size, size, 3)), False
-        )[0]
+        lambda: backbone.init_with_output(jax.random.key(0), jnp.zeros((1, size, size, 3)), False)[
+            0
+        ]
     )
     assert [s.shape for s in shapes] == [(1, cells, cells, 1024), (1, cells, cells, 2048)]
 
@@ -72,13 +72,17 @@ def test_depth_269_has_the_papers_blocks():
     names = variables_of(PSPNet(150, 269))['params']['backbone']
     blocks = [sum(n.startswith(f'layer{i}_block') for n in names) for i in (1, 2, 3, 4)]
     assert blocks == [3, 30, 48, 8]
-    assert 2 + 3 * sum(blocks) == 269  # convolutions on the way, the stem as one, and the classifier
+    assert (
+        2 + 3 * sum(blocks) == 269
+    )  # convolutions on the way, the stem as one, and the classifier
 
 
 @pytest.mark.parametrize(
     ('dilation', 'expected'),
-    [('full', {'layer3': [2, 2, 2, 2], 'layer4': [4, 4, 4, 4]}),
-     ('contract', {'layer3': [1, 1, 2, 2], 'layer4': [2, 2, 4, 4]})],
+    [
+        ('full', {'layer3': [2, 2, 2, 2], 'layer4': [4, 4, 4, 4]}),
+        ('contract', {'layer3': [1, 1, 2, 2], 'layer4': [2, 2, 4, 4]}),
+    ],
 )
 def test_dilations_follow_their_rule(monkeypatch, dilation, expected):
     seen = {}
@@ -126,7 +130,11 @@ def test_dropout_drops_whole_channels():
     images = jax.random.normal(key, (2, 33, 33, 3))
     variables = model.init({'params': key, 'dropout': key}, images, True)
     (_, captured) = model.apply(
-        variables, images, True, rngs={'dropout': key}, mutable=['batch_stats', 'intermediates'],
+        variables,
+        images,
+        True,
+        rngs={'dropout': key},
+        mutable=['batch_stats', 'intermediates'],
         capture_intermediates=lambda module, _: type(module).__name__ == 'Dropout',
     )
     dropped = np.asarray(captured['intermediates']['head']['Dropout_0']['__call__'][0])
@@ -138,7 +146,8 @@ def test_dropout_drops_whole_channels():
 
 @pytest.mark.parametrize('size', [12, 13])
 @pytest.mark.parametrize(
-    ('kernel', 'stride', 'dilation'), [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 1, 4), (7, 2, 1)]
+    ('kernel', 'stride', 'dilation'),
+    [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 1, 4), (7, 2, 1)],
 )
 def test_convolution_and_its_gradients_equal_a_loop(size, kernel, stride, dilation):
     """float64 sums, window by window, with (k - 1) / 2 * dilation zeros on every side."""
@@ -163,7 +172,8 @@ def test_convolution_and_its_gradients_equal_a_loop(size, kernel, stride, dilati
     dx = dx[:, pad : pad + size, pad : pad + size]
     got, pull = jax.vjp(
         lambda x, k: layers.conv(x, k, stride, dilation),
-        jnp.asarray(x, jnp.float32), jnp.asarray(k, jnp.float32),
+        jnp.asarray(x, jnp.float32),
+        jnp.asarray(k, jnp.float32),
     )
     got_dx, got_dk = pull(jnp.asarray(dy, jnp.float32))
     for a, b in ((got, y), (got_dx, dx), (got_dk, dk)):

@@ -79,5 +79,8 @@ def test_the_table_counts_every_parameter_once():
     rows = [line.split() for line in optimizer.table(params, config).splitlines()[1:]]
     assert sum(int(row[-3]) for row in rows) == 24
     assert [row[-2:] for row in rows] == [
-        ['0.1', '0'], ['0.01', '0'], ['0.1', '0.0001'], ['0.01', '0.0001'],
+        ['0.1', '0'],
+        ['0.01', '0'],
+        ['0.1', '0.0001'],
+        ['0.01', '0.0001'],
     ]

@@ -92,4 +92,6 @@ def test_resizing_without_align_corners_equals_jax_image():
 def test_a_single_cell_is_spread_over_the_whole_map():
     x = jnp.full((1, 1, 1, 2), 3.0)
     for align_corners in (True, False):
-        np.testing.assert_array_equal(resize(x, (60, 60), align_corners), np.full((1, 60, 60, 2), 3))
+        np.testing.assert_array_equal(
+            resize(x, (60, 60), align_corners), np.full((1, 60, 60, 2), 3)
+        )

@@ -23,7 +23,9 @@ ROOT = Path(__file__).parent.parent
 def run_worker(devices, output):
     subprocess.run(
         [sys.executable, ROOT / 'tests/global_batch_worker.py', str(devices), str(output)],
-        check=True, timeout=900, env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        check=True,
+        timeout=900,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
     )
     return dict(np.load(output))
 

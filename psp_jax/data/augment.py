@@ -85,10 +85,11 @@ def _warp_image(
     blur: bool,
 ) -> np.ndarray:
     """Window (rows, columns) of the scaled, rotated, blurred canvas: uint8 [h, w, 3]."""
+    rows, columns = window
     margin = _BLUR_SIZE // 2 if blur else 0
     # Where the canvas ends there is no margin: the blur reflects there, as on the whole canvas.
-    top, bottom = max(window[0].start - margin, 0), min(window[0].stop + margin, canvas[0])
-    left, right = max(window[1].start - margin, 0), min(window[1].stop + margin, canvas[1])
+    top, bottom = max(rows.start - margin, 0), min(rows.stop + margin, canvas[0])
+    left, right = max(columns.start - margin, 0), min(columns.stop + margin, canvas[1])
     # Pixel centres: source = (canvas + 0.5) / scale - 0.5.
     to_source = to_canvas / scale
     to_source[:, 2] += 0.5 / scale - 0.5
@@ -104,9 +105,7 @@ def _warp_image(
     )
     if blur:
         part = cv2.GaussianBlur(part, (_BLUR_SIZE, _BLUR_SIZE), 0)
-    return part[window[0].start - top :, window[1].start - left :][
-        : window[0].stop - window[0].start, : window[1].stop - window[1].start
-    ]
+    return part[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
 
 
 def _warp_label(

@@ -16,7 +16,7 @@ fan_in_uniform = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 def native_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
     """The compiler's own convolution with the padding of `conv`."""
-    # Explicit: 'SAME' would pad (0, 1) where a stride of 2 meets an even size, the reference (1, 1).
+    # Explicit: where a stride of 2 meets an even size, 'SAME' pads (0, 1), the reference (1, 1).
     pad = dilation * (kernel.shape[0] - 1) // 2
     return lax.conv_general_dilated(
         x,
