@@ -1,12 +1,12 @@
 # make demo    train on the built-in scenes, evaluate, and leave a picture and metrics.json
 # make test    linters and the fast tests; make test-slow: the others
-# make bench   the benchmarks; BENCHMARKS=conv_gradient for one of them
+# make bench   the quick benchmark; BENCHMARKS=context for the other, which trains six networks
 # Each sets up .venv first, with the Python that PYTHON names, or else python3 if it is 3.11 to 3.13,
 # or else python3.13, python3.12 or python3.11. .venv is used again until the requirements change.
 
 SHELL := /bin/bash
 RUN := .venv/bin/python
-BENCHMARKS := $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py))
+BENCHMARKS := conv_gradient
 
 .PHONY: demo test test-slow bench lint clean
 

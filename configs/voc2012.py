@@ -42,4 +42,5 @@ def get_config(arg: str = '') -> ConfigDict:
 
     set_depth(config, args.depth)
     config.eval.base_size = 512  # pixels, the long side; it becomes the nearest 8n + 1
+    config.eval.multiple = 64  # the images have hundreds of sizes, each one to compile
     return config

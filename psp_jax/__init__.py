@@ -1,3 +1,3 @@
-"""PSPNet in JAX: training, evaluation and prediction on TPUs, GPUs and CPUs."""
+"""PSPNet in JAX: training and evaluation on TPUs, GPUs and CPUs."""
 
 __version__ = '0.1.0'

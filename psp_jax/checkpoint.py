@@ -97,9 +97,7 @@ def find(workdir: str, which: str) -> tuple[epath.Path, int]:
 def reader(path: epath.Path) -> ocp.CheckpointManager:
     """A manager that only reads, for a context."""
     handlers = {'state': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()}
-    options = ocp.CheckpointManagerOptions(
-        read_only=True, best_fn=lambda metrics: metrics['mIoU']
-    )
+    options = ocp.CheckpointManagerOptions(read_only=True, best_fn=lambda metrics: metrics['mIoU'])
     return ocp.CheckpointManager(path, options=options, item_handlers=handlers)
 
 

@@ -102,6 +102,7 @@ def default_config() -> ConfigDict:
         protocol='whole',  # whole: each image in one piece
         split='val',  # train | val | test
         base_size=0,  # pixels, long side that images are resized to; 0 = their own
+        multiple=8,  # pixels; sides go to multiples of it (+ 1 where align_corners); 64 = few sizes
         batch_size=8,  # images a call of the network on each host
         panels=4,  # pictures of image, label and prediction that are kept
     )

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import cv2
@@ -24,6 +24,8 @@ from psp_jax.model import pspnet
 from psp_jax.model.resample import resize_matrix
 from psp_jax.state import enable_float64, init_variables
 
+CANVAS = 128  # pixels; labels lie on canvases whose sides are multiples of it
+
 
 class Panel(NamedTuple):
     """One image as a person looks at it: uint8 [H, W, 3], and [H, W] of class ids."""
@@ -39,16 +41,21 @@ class Result(NamedTuple):
     panels: list[Panel]
 
 
-def network_size(size: tuple[int, int], base_size: int, align_corners: bool) -> tuple[int, int]:
+def network_size(
+    size: tuple[int, int], base_size: int, multiple: int, align_corners: bool
+) -> tuple[int, int]:
     """The (height, width) at which the network sees an image of `size`.
 
-    The long side becomes `base_size` (0 keeps the image's), the aspect ratio stays, then each side
-    goes to the nearest 8n + 1 with `align_corners` or multiple of 8 without, which the stride of 8
-    needs to meet both edges.
+    The long side becomes `base_size` (0 keeps the image's) at the same aspect ratio; then each
+    side goes to the nearest positive multiple of `multiple`, plus 1 with `align_corners`. A
+    multiple of 8 is what the stride needs to meet both edges. A larger one bends the aspect ratio
+    a little and leaves fewer sizes to compile.
     """
     scale = base_size / max(size) if base_size else 1.0
     extra = 1 if align_corners else 0
-    height, width = (8 * max(round((side * scale - extra) / 8), 1) + extra for side in size)
+    height, width = (
+        multiple * max(round((side * scale - extra) / multiple), 1) + extra for side in size
+    )
     return height, width
 
 
@@ -60,68 +67,76 @@ def full_matrix(features: int, seen: int, size: int, align_corners: bool) -> np.
     return resize_matrix(seen, size, align_corners) @ up
 
 
-def eval_step(
-    variables: dict[str, Any],
-    images: jax.Array,
-    labels: jax.Array,
-    model: pspnet.PSPNet,
-    config: ConfigDict,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """uint8 images [B, h, w, 3] as the network sees them and labels uint8 [B, H, W] at their own
-    size -> confusion int32 [C, C], summed cross-entropy, valid pixels, predictions uint8 [B, H, W].
+class Batch(NamedTuple):
+    """Images that the network sees at one size, and their labels on canvases of one size.
+
+    A batch that could not be filled has rows of ignored labels at its end.
     """
-    logits, _ = model.apply(variables, pspnet.normalise(images, config), False)
-    rows, columns = (
-        full_matrix(logits.shape[axis], images.shape[axis], labels.shape[axis], model.align_corners)
-        for axis in (1, 2)
-    )
+
+    indices: list[int]  # of the examples, without the filled-up rows
+    originals: list[tuple[np.ndarray, np.ndarray]]  # their images and labels as they were read
+    images: np.ndarray  # uint8 [B, h, w, 3], as the network sees them
+    labels: np.ndarray  # uint8 [B, H, W], at the top left of a canvas of ignored pixels
+    rows: np.ndarray  # float [B, H, ceil(h / 8)]: `full_matrix` of each image's own height
+    columns: np.ndarray  # float [B, W, ceil(w / 8)]
+
+
+def make_batches(
+    examples: Iterable[tuple[int, np.ndarray, np.ndarray]],
+    size: int,
+    evaluation: ConfigDict,
+    align_corners: bool,
+) -> Iterator[Batch]:
+    """Groups (index, image, label) by the sizes that have to be compiled, `size` at a time."""
+    waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray, np.ndarray]]] = {}
+
+    def batch(key: tuple[int, ...]) -> Batch:
+        height, width, *canvas = key
+        cells = (height + 7) // 8, (width + 7) // 8
+        images = np.zeros((size, height, width, 3), np.uint8)
+        labels = np.full((size, *canvas), IGNORE, np.uint8)
+        rows, columns = (np.zeros((size, c, n)) for c, n in zip(canvas, cells, strict=True))
+        group = waiting.pop(key)
+        for i, (_, image, label) in enumerate(group):
+            # Bilinear without antialiasing, as the reference resizes.
+            images[i] = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+            own_height, own_width = label.shape
+            labels[i, :own_height, :own_width] = label
+            rows[i, :own_height] = full_matrix(cells[0], height, own_height, align_corners)
+            columns[i, :own_width] = full_matrix(cells[1], width, own_width, align_corners)
+        indices, originals = [i for i, _, _ in group], [(x, y) for _, x, y in group]
+        return Batch(indices, originals, images, labels, rows, columns)
+
+    for example in examples:
+        own = example[2].shape
+        canvas = tuple(CANVAS * -(-side // CANVAS) for side in own)
+        seen = network_size(own, evaluation.base_size, evaluation.multiple, align_corners)
+        group = waiting.setdefault((*seen, *canvas), [])
+        group.append(example)
+        if len(group) == size:
+            yield batch((*seen, *canvas))
+    for key in list(waiting):
+        yield batch(key)
+
+
+def score(
+    logits: jax.Array, labels: jax.Array, rows: jax.Array, columns: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Logits [B, h, w, C] against the other arrays of a `Batch`: confusion int32 [C, C], summed
+    cross-entropy, number of valid pixels, predictions uint8 [B, H, W].
+    """
 
     def block(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
         predictions = jnp.argmax(logits, -1).astype(jnp.uint8)
-        loss, count = losses.pixel_cross_entropy(logits, labels)
-        return (
-            metrics.confusion_matrix(predictions, labels, model.classes),
-            loss,
-            count,
-            predictions,
-        )
+        confusion = metrics.confusion_matrix(predictions, labels, logits.shape[-1])
+        return confusion, *losses.pixel_cross_entropy(logits, labels), predictions[0]
 
-    confusion, loss, count, predictions = losses.map_row_blocks(
-        block, logits, labels, rows, columns
-    )
-    predictions = predictions.swapaxes(0, 1).reshape(len(labels), -1, labels.shape[2])
-    return confusion.sum(0), loss.sum(), count.sum(), predictions[:, : labels.shape[1]]
+    def one(logits: jax.Array, labels: jax.Array, *matrices: jax.Array) -> tuple[jax.Array, ...]:
+        return losses.map_row_blocks(block, logits[None], labels[None], *matrices)
 
-
-def batches_of_one_shape(
-    examples: Iterator[tuple[int, np.ndarray, np.ndarray]],
-    size: int,
-    base_size: int,
-    align_corners: bool,
-) -> Iterator[tuple[list[int], list[np.ndarray], np.ndarray, np.ndarray]]:
-    """Groups examples of equal size, `size` at a time: (indices, original images, images as the
-    network sees them, labels). A group that does not fill is completed with ignored labels, so
-    that each image size compiles one program.
-    """
-    waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray, np.ndarray]]] = {}
-
-    def batch(group: list) -> tuple:
-        height, width = network_size(group[0][1].shape[:2], base_size, align_corners)
-        images = np.zeros((size, height, width, 3), np.uint8)
-        labels = np.full((size, *group[0][2].shape), IGNORE, np.uint8)
-        for row, (_, image, label) in enumerate(group):
-            # Bilinear without antialiasing, as the reference resizes.
-            images[row] = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-            labels[row] = label
-        return [i for i, _, _ in group], [image for _, image, _ in group], images, labels
-
-    for example in examples:
-        group = waiting.setdefault(example[1].shape, [])
-        group.append(example)
-        if len(group) == size:
-            yield batch(waiting.pop(example[1].shape))
-    for group in waiting.values():
-        yield batch(group)
+    confusion, loss, count, predictions = jax.vmap(one)(logits, labels, rows, columns)
+    predictions = predictions.reshape(len(labels), -1, labels.shape[2])[:, : labels.shape[1]]
+    return confusion.sum((0, 1)), loss.sum(), count.sum(), predictions
 
 
 def make_evaluator(
@@ -139,41 +154,55 @@ def make_evaluator(
     shown = set(
         np.linspace(0, source.length - 1, min(config.eval.panels, source.length)).astype(int)
     )
-    step_fn = jax.jit(
-        lambda variables, images, labels: eval_step(variables, images, labels, model, config),
-        in_shardings=(replicated(mesh), split_batch(mesh), split_batch(mesh)),
-        out_shardings=(replicated(mesh),) * 3 + (split_batch(mesh),),
+    split, whole = split_batch(mesh), replicated(mesh)
+    # Two programs: the network compiles for each size that it sees, which are few, and the quick
+    # scoring for each canvas, with the true sizes as data.
+    forward = jax.jit(
+        lambda variables, images: model.apply(variables, pspnet.normalise(images, config), False)[
+            0
+        ],
+        in_shardings=(whole, split),
+        out_shardings=split,
     )
+    score_fn = jax.jit(score, in_shardings=split, out_shardings=(whole, whole, whole, split))
 
     def evaluate(variables: dict[str, Any], step: int) -> Result:
         start = time.perf_counter()
         local = jax.tree.map(lambda x: x.addressable_data(0), variables)
-        variables = jax.device_put(local, replicated(mesh))
+        variables = jax.device_put(local, whole)
         confusion = np.zeros((len(names), len(names)), np.int64)
         loss, count, panels = 0.0, 0, {}
-        batches = batches_of_one_shape(
-            eval_examples(source, share, config.data.threads),
-            batch_size,
-            config.eval.base_size,
-            model.align_corners,
-        )
-        with tqdm(
+        bar = tqdm(
             total=len(share),
             desc='evaluating',
             unit='image',
             disable=not report.on_terminal(),
             leave=False,
-        ) as bar:
-            for indices, originals, images, labels in batches:
-                outputs = step_fn(variables, *put_batch((images, labels), mesh))
-                matrix, batch_loss, batch_count = jax.device_get(outputs[:3])
-                confusion += matrix
-                loss, count = loss + float(batch_loss), count + int(batch_count)
-                for row in (row for row, index in enumerate(indices) if index in shown):
-                    panels[indices[row]] = Panel(
-                        originals[row], labels[row], np.asarray(outputs[3][row])
-                    )
-                bar.update(len(indices))
+        )
+
+        def read(batch: Batch, outputs: Any) -> None:
+            nonlocal confusion, loss, count
+            matrix, batch_loss, batch_count = jax.device_get(outputs[:3])
+            confusion = confusion + matrix
+            loss, count = loss + float(batch_loss), count + int(batch_count)
+            for row, index in enumerate(batch.indices):
+                if index in shown:
+                    image, label = batch.originals[row]
+                    prediction = np.asarray(outputs[3][row])[: len(label), : label.shape[1]]
+                    panels[index] = Panel(image, label, prediction)
+            bar.update(len(batch.indices))
+
+        examples = eval_examples(source, share, config.data.threads)
+        unread = None
+        for batch in make_batches(examples, batch_size, config.eval, model.align_corners):
+            images, *others = put_batch(batch[2:], mesh)
+            outputs = score_fn(forward(variables, images), *others)
+            if unread:
+                read(*unread)  # while the devices work on the next batch
+            unread = batch, outputs
+        if unread:
+            read(*unread)
+        bar.close()
         confusion, loss, count = sum_over_processes((confusion, np.float64(loss), np.int64(count)))
         scores = {
             'step': step,

@@ -62,6 +62,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     # the data order draws its random numbers from a 32-bit signed seed
     ('seed', '0 or more and less than 2 ** 31', lambda value: 0 <= value < 2**31),
     ('mesh.data', 'positive, or -1 for all devices', lambda value: value == -1 or value > 0),
+    ('eval.multiple', 'a positive multiple of 8', lambda value: value > 0 and value % 8 == 0),
     ('data.blur data.mirror', 'a probability, 0 to 1', lambda value: 0 <= value <= 1),
     ('model.dropout optimizer.momentum', '0 or more and less than 1', lambda value: 0 <= value < 1),
     ('data.rotate', 'from 0 to 180 degrees', lambda value: 0 <= value <= 180),

@@ -18,8 +18,8 @@ def map_row_blocks(
     fn: Callable[[jax.Array, jax.Array], Any],
     logits_BhwC: jax.Array,
     labels_BHW: jax.Array,
-    rows_Hh: np.ndarray,
-    columns_Ww: np.ndarray,
+    rows_Hh: np.ndarray | jax.Array,
+    columns_Ww: np.ndarray | jax.Array,
 ) -> Any:
     """Resizes the logits and calls `fn`, `ROWS` rows of the labels' resolution at a time.
 
@@ -34,7 +34,8 @@ def map_row_blocks(
     filler = -height % size
     labels = jnp.pad(labels_BHW, ((0, 0), (0, filler), (0, 0)), constant_values=IGNORE)
     labels = labels.reshape(batch, -1, size, width).swapaxes(0, 1)
-    rows = jnp.asarray(np.pad(rows_Hh, ((0, filler), (0, 0))), exact).reshape(len(labels), size, -1)
+    rows = jnp.pad(jnp.asarray(rows_Hh, exact), ((0, filler), (0, 0)))
+    rows = rows.reshape(len(labels), size, -1)
 
     @jax.checkpoint
     def block(rows, labels):

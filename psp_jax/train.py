@@ -155,9 +155,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
         """The batch of a step on the devices; nothing is read after the last step."""
         if step > config.total_steps:
             return None
-        start = time.perf_counter()
         host = next(batches)
-        speed.waited += time.perf_counter() - start
         return put_batch({name: host[name] for name in ('image', 'label')}, mesh)
 
     def read(step: int, scalars: dict[str, jax.Array]) -> None:
@@ -192,7 +190,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
             speed.reset()
         for step in range(first + 1, config.total_steps + 1):
             state, scalars = step_fn(state, batch)
+            start = time.perf_counter()
             batch = batch_of(step + 1)
+            if scalars['loss'].is_ready():  # else the devices were busy all the while
+                speed.waited += time.perf_counter() - start
             if unread:
                 read(*unread)
             unread = step, scalars

@@ -99,7 +99,10 @@ def python(programs: dict[str, str]) -> Callable[..., subprocess.CompletedProces
 
     def run(*words: object) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, *map(str, words)], cwd=ROOT, env=os.environ | programs, text=True,
+            [sys.executable, *map(str, words)],
+            cwd=ROOT,
+            env=os.environ | programs,
+            text=True,
             capture_output=True,
         )
 
@@ -113,7 +116,8 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope='session')
 def trained(
-    small_config: Path, python: Callable[..., subprocess.CompletedProcess],
+    small_config: Path,
+    python: Callable[..., subprocess.CompletedProcess],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Run:
     """The command line's run of `small_config`, from an empty folder to the end; for reading only."""

@@ -135,22 +135,41 @@ def like(shape, dtype):
     return lambda old: jax.ShapeDtypeStruct(shape, dtype, sharding=old.sharding)
 
 
-@pytest.mark.parametrize(('path', 'change', 'message'), [
-    ('backbone/conv/kernel', like((2, 3, 5), jnp.float32),
-     'params/backbone/conv/kernel float32[2, 3, 4] / float32[2, 3, 5]'),
-    ('backbone/conv/kernel', like((4, 6), jnp.float32),  # as many values in another shape
-     'params/backbone/conv/kernel float32[2, 3, 4] / float32[4, 6]'),
-    ('head/bias', like((4,), jnp.bfloat16), 'params/head/bias float32[4] / bfloat16[4]'),
-    ('head', lambda old: {'offset': old['bias']},
-     'params/head/bias float32[4] / missing; params/head/offset missing / float32[4]'),
-    ('head', lambda old: {**old, 'scale': old['bias']}, 'params/head/scale missing / float32[4]'),
-    ('head', lambda old: {}, 'params/head/bias float32[4] / missing'),
-], ids=['shape', 'order', 'dtype', 'renamed', 'more in the network', 'more in the checkpoint'])
+@pytest.mark.parametrize(
+    ('path', 'change', 'message'),
+    [
+        (
+            'backbone/conv/kernel',
+            like((2, 3, 5), jnp.float32),
+            'params/backbone/conv/kernel float32[2, 3, 4] / float32[2, 3, 5]',
+        ),
+        (
+            'backbone/conv/kernel',
+            like((4, 6), jnp.float32),  # as many values in another shape
+            'params/backbone/conv/kernel float32[2, 3, 4] / float32[4, 6]',
+        ),
+        ('head/bias', like((4,), jnp.bfloat16), 'params/head/bias float32[4] / bfloat16[4]'),
+        (
+            'head',
+            lambda old: {'offset': old['bias']},
+            'params/head/bias float32[4] / missing; params/head/offset missing / float32[4]',
+        ),
+        (
+            'head',
+            lambda old: {**old, 'scale': old['bias']},
+            'params/head/scale missing / float32[4]',
+        ),
+        ('head', lambda old: {}, 'params/head/bias float32[4] / missing'),
+    ],
+    ids=['shape', 'order', 'dtype', 'renamed', 'more in the network', 'more in the checkpoint'],
+)
 def test_strict_restore(saved, path, change, message):
     """Promise 9: names, shapes and dtypes are compared first; the error lists the differences."""
     with pytest.raises(UserError) as error:
         checkpoint.restore(saved, 3, changed(path, change))
-    assert str(saved / '3') in str(error.value) and '(checkpoint / configuration)' in str(error.value)
+    assert str(saved / '3') in str(error.value) and '(checkpoint / configuration)' in str(
+        error.value
+    )
     assert str(error.value).endswith(f': {message}')
 
 
@@ -169,12 +188,15 @@ def test_strict_restore_lists_every_difference_and_counts_the_rest(saved):
 # ---- which are kept, and which is meant
 
 
-@pytest.mark.parametrize(('metrics', 'keep', 'kept'), [
-    ({1: 0.1, 2: 0.9, 3: 0.3, 4: 0.2, 5: 0.4}, 2, [2, 4, 5]),
-    ({1: 0.1, 2: 0.2, 3: 0.3, 4: 0.9}, 2, [3, 4]),  # the best is among the newest
-    ({1: 0.9, 2: None, 3: None, 4: None}, 1, [1, 4]),  # not every step is evaluated
-    ({1: None, 2: None, 3: None, 4: None}, 3, [2, 3, 4]),
-])
+@pytest.mark.parametrize(
+    ('metrics', 'keep', 'kept'),
+    [
+        ({1: 0.1, 2: 0.9, 3: 0.3, 4: 0.2, 5: 0.4}, 2, [2, 4, 5]),
+        ({1: 0.1, 2: 0.2, 3: 0.3, 4: 0.9}, 2, [3, 4]),  # the best is among the newest
+        ({1: 0.9, 2: None, 3: None, 4: None}, 1, [1, 4]),  # not every step is evaluated
+        ({1: None, 2: None, 3: None, 4: None}, 3, [2, 3, 4]),
+    ],
+)
 def test_the_newest_and_the_best_are_kept(tmp_path, metrics, keep, kept):
     assert steps_in(save(tmp_path, metrics, keep)) == kept
 
@@ -197,11 +219,14 @@ def test_the_best_is_the_latest_where_nothing_was_evaluated(two):
     assert checkpoint.find(str(two.parent), 'best') == (two, 2)
 
 
-@pytest.mark.parametrize(('which', 'message'), [
-    ('7', 'holds no checkpoint of step 7, but of [1, 2]'),
-    ('bets', 'bets: no checkpoint; give latest, best, a step, or the path of one'),
-    ('nowhere/checkpoints/3', 'nowhere/checkpoints/3: no checkpoint; give'),
-])
+@pytest.mark.parametrize(
+    ('which', 'message'),
+    [
+        ('7', 'holds no checkpoint of step 7, but of [1, 2]'),
+        ('bets', 'bets: no checkpoint; give latest, best, a step, or the path of one'),
+        ('nowhere/checkpoints/3', 'nowhere/checkpoints/3: no checkpoint; give'),
+    ],
+)
 def test_a_checkpoint_that_is_not_there_says_so(two, which, message):
     with pytest.raises(UserError) as error:
         checkpoint.find(str(two.parent), which)
@@ -234,17 +259,29 @@ def empty(path):
             file.write_bytes(b'')
 
 
-@pytest.mark.parametrize('damage', [
-    lambda path: shutil.rmtree(path / 'state'),
-    lambda path: shutil.rmtree(path / 'meta'),
-    lambda path: shutil.rmtree(path / 'state' / 'd'),
-    lambda path: (path / 'state' / '_METADATA').unlink(),
-    lambda path: empty(path / 'state' / 'd'),
-    lambda path: empty(path / 'meta'),
-    lambda path: empty(path),
-    lambda path: [shutil.rmtree(path), path.mkdir()],
-], ids=['no state', 'no meta', 'no arrays', 'no list', 'empty arrays', 'empty meta', 'empty files',
-        'empty folder'])
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda path: shutil.rmtree(path / 'state'),
+        lambda path: shutil.rmtree(path / 'meta'),
+        lambda path: shutil.rmtree(path / 'state' / 'd'),
+        lambda path: (path / 'state' / '_METADATA').unlink(),
+        lambda path: empty(path / 'state' / 'd'),
+        lambda path: empty(path / 'meta'),
+        lambda path: empty(path),
+        lambda path: [shutil.rmtree(path), path.mkdir()],
+    ],
+    ids=[
+        'no state',
+        'no meta',
+        'no arrays',
+        'no list',
+        'empty arrays',
+        'empty meta',
+        'empty files',
+        'empty folder',
+    ],
+)
 def test_a_damaged_checkpoint_is_named_in_one_line_and_can_be_removed(two, damage):
     damage(two / '2')
 

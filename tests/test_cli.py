@@ -53,10 +53,17 @@ def test_a_run_leaves_checkpoints_metrics_and_pictures(trained):
     assert 'Traceback' not in trained.process.stderr
     assert sorted(path.name for path in (workdir / 'checkpoints').iterdir()) == ['10', '5']
     assert sorted(path.name for path in workdir.iterdir()) == [
-        'checkpoints', 'eval', 'metrics.jsonl', 'tensorboard']
+        'checkpoints',
+        'eval',
+        'metrics.jsonl',
+        'tensorboard',
+    ]
     assert list((workdir / 'tensorboard').glob('events*'))
     assert sorted(path.name for path in (workdir / 'eval').iterdir()) == [
-        '10-whole', '5-whole', 'metrics.json']
+        '10-whole',
+        '5-whole',
+        'metrics.json',
+    ]
     for step in (5, 10):
         files = sorted(path.name for path in (workdir / 'eval' / f'{step}-whole').iterdir())
         assert files == ['confusion.npy', 'metrics.json', 'panels.png']
@@ -120,7 +127,8 @@ def test_metrics_follow_from_the_confusion_matrix(trained):
     assert scores['mIoU_all'] == pytest.approx(sum(some[0]) / 10)
     assert scores['mAcc'] == pytest.approx(sum(some[1]) / len(some[1]))
     assert scores['allAcc'] == pytest.approx(
-        sum(confusion[k][k] for k in range(10)) / sum(map(sum, confusion)))
+        sum(confusion[k][k] for k in range(10)) / sum(map(sum, confusion))
+    )
     assert [set(c) for c in scores['classes']] == [{'id', 'name', 'iou', 'acc', 'pixels'}] * 10
     assert [c['id'] for c in scores['classes']] == list(range(10))
     assert [c['iou'] for c in scores['classes']] == pytest.approx(list(ious.values()))
@@ -152,21 +160,32 @@ def test_evaluation_needs_no_config_and_equals_the_one_in_training(trained, copy
     for name in ('eval/metrics.json', 'eval/10-whole/metrics.json'):
         scores, expected = (read_json(folder / name) for folder in (copy_of_run, trained.workdir))
         assert without_time(scores) == without_time(expected)
-    assert np.array_equal(*(np.load(folder / 'eval' / '10-whole' / 'confusion.npy')
-                            for folder in (copy_of_run, trained.workdir)))
+    assert np.array_equal(
+        *(
+            np.load(folder / 'eval' / '10-whole' / 'confusion.npy')
+            for folder in (copy_of_run, trained.workdir)
+        )
+    )
 
 
 def test_the_evaluated_checkpoint_is_the_latest_the_best_a_step_or_a_path(
     trained, tmp_path, capsys, monkeypatch
 ):
     # Which one is best, by hand
-    scores = {step: read_json(trained.workdir / 'eval' / f'{step}-whole' / 'metrics.json')
-              for step in (5, 10)}
+    scores = {
+        step: read_json(trained.workdir / 'eval' / f'{step}-whole' / 'metrics.json')
+        for step in (5, 10)
+    }
     best = max(scores, key=lambda step: scores[step]['mIoU'])
     from psp_jax import evaluate
 
-    monkeypatch.setattr(evaluate, 'make_evaluator', lambda config, model, source: (
-        lambda variables, step: evaluate.Result(scores[step], np.zeros((10, 10)), [])))
+    monkeypatch.setattr(
+        evaluate,
+        'make_evaluator',
+        lambda config, model, source: (
+            lambda variables, step: evaluate.Result(scores[step], np.zeros((10, 10)), [])
+        ),
+    )
     path = trained.workdir / 'checkpoints' / '5'
     for which, step in (('latest', 10), ('best', best), ('5', 5), (path, 5)):
         # a path needs no run in the working directory
@@ -183,13 +202,30 @@ def test_the_evaluated_checkpoint_is_the_latest_the_best_a_step_or_a_path(
 def test_a_checkpoint_of_another_architecture_is_refused_with_what_differs(
     trained, small_config, capsys
 ):
-    error = error_of(capsys, '--mode', 'eval', '--config', small_config, '--workdir',
-                     trained.workdir, '--config.model.head_width=24')
+    error = error_of(
+        capsys,
+        '--mode',
+        'eval',
+        '--config',
+        small_config,
+        '--workdir',
+        trained.workdir,
+        '--config.model.head_width=24',
+    )
     assert f'{trained.workdir}/checkpoints/10 is of another architecture' in error
-    assert re.search(r'params/head/\S*kernel float32\[3, 3, \d+, 16\] / float32\[3, 3, \d+, 24\]',
-                     error)
-    error = error_of(capsys, '--mode', 'eval', '--config', small_config, '--workdir',
-                     trained.workdir, '--config.loss.aux_weight=0')
+    assert re.search(
+        r'params/head/\S*kernel float32\[3, 3, \d+, 16\] / float32\[3, 3, \d+, 24\]', error
+    )
+    error = error_of(
+        capsys,
+        '--mode',
+        'eval',
+        '--config',
+        small_config,
+        '--workdir',
+        trained.workdir,
+        '--config.loss.aux_weight=0',
+    )
     assert re.search(r'params/aux_head/\S+ float32\[.*\] / missing', error)
 
 
@@ -198,9 +234,15 @@ def test_a_checkpoint_of_another_architecture_is_refused_with_what_differs(
 
 def test_the_scenes_train_too(small_config, tmp_path, capsys):
     overrides = {
-        'total_steps': 10, 'batch_size': 2, 'log_every': 5, 'data.crop': 33,
-        'data.val': '1000000:1000003', 'model.head_width': 16, 'model.aux_width': 8,
-        'optimizer.learning_rate': 0.01, 'eval.batch_size': 2,
+        'total_steps': 10,
+        'batch_size': 2,
+        'log_every': 5,
+        'data.crop': 33,
+        'data.val': '1000000:1000003',
+        'model.head_width': 16,
+        'model.aux_width': 8,
+        'optimizer.learning_rate': 0.01,
+        'eval.batch_size': 2,
     }
     words = [f'--config.{key}={value}' for key, value in overrides.items()]
     assert main(['--config', 'configs/scenes.py', '--workdir', str(tmp_path), *words]) == 0
@@ -236,43 +278,69 @@ def of_value_12(label):
 
 BAD_DATA = {
     'no list': (lambda d: (d / 'train.txt').unlink(), ['{d}/train.txt does not exist']),
-    'one field': (lambda d: (d / 'train.txt').write_text('train_0.jpg\n'),
-                  ['{d}/train.txt:1', 'train_0.jpg', 'image label']),
-    'no example': (lambda d: (d / 'train.txt').write_text('\n'), ['{d}/train.txt lists no example']),
+    'one field': (
+        lambda d: (d / 'train.txt').write_text('train_0.jpg\n'),
+        ['{d}/train.txt:1', 'train_0.jpg', 'image label'],
+    ),
+    'no example': (
+        lambda d: (d / 'train.txt').write_text('\n'),
+        ['{d}/train.txt lists no example'],
+    ),
     'no image': (lambda d: (d / 'train 3.jpg').unlink(), ['{d}/train 3.jpg does not exist']),
     'no label': (lambda d: (d / 'labels/val_2.png').unlink(), ['{d}/labels/val_2.png does not']),
-    'truncated image': (lambda d: truncate(d / 'train 3.jpg'), ['{d}/train 3.jpg cannot be decoded']),
-    'truncated label': (lambda d: truncate(d / 'labels/val_1.png'),
-                        ['{d}/labels/val_1.png cannot be decoded']),
-    'two sizes': (lambda d: save_label(d / 'labels/train_1.png', lambda label: label[1:]),
-                  ['{d}/train 1.jpg is 46x41', '{d}/labels/train_1.png is 46x40']),
-    'no class': (lambda d: save_label(d / 'labels/train_2.png', of_value_12),
-                 ['{d}/labels/train_2.png', '12', '10 classes']),
+    'truncated image': (
+        lambda d: truncate(d / 'train 3.jpg'),
+        ['{d}/train 3.jpg cannot be decoded'],
+    ),
+    'truncated label': (
+        lambda d: truncate(d / 'labels/val_1.png'),
+        ['{d}/labels/val_1.png cannot be decoded'],
+    ),
+    'two sizes': (
+        lambda d: save_label(d / 'labels/train_1.png', lambda label: label[1:]),
+        ['{d}/train 1.jpg is 46x41', '{d}/labels/train_1.png is 46x40'],
+    ),
+    'no class': (
+        lambda d: save_label(d / 'labels/train_2.png', of_value_12),
+        ['{d}/labels/train_2.png', '12', '10 classes'],
+    ),
 }
 
 
 @pytest.mark.parametrize(('spoil', 'messages'), BAD_DATA.values(), ids=BAD_DATA)
-def test_bad_data_are_named_before_training(spoil, messages, small_config, spoilt, tmp_path, capsys):
+def test_bad_data_are_named_before_training(
+    spoil, messages, small_config, spoilt, tmp_path, capsys
+):
     spoil(spoilt)
-    error = error_of(capsys, '--config', small_config, '--workdir', tmp_path / 'run',
-                     f'--config.data.root={spoilt}')
+    error = error_of(
+        capsys,
+        '--config',
+        small_config,
+        '--workdir',
+        tmp_path / 'run',
+        f'--config.data.root={spoilt}',
+    )
     for message in messages:
         assert message.format(d=spoilt) in error
     assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.parametrize(('override', 'message'), [
-    ('data.crp=33', "config key 'data.crp' is unknown; did you mean 'data.crop'?"),
-    ('batch_size=two', 'batch_size=two: expected an integer'),
-    ('data.crop=100', 'data.crop=100: a crop must be 8n + 1 (97 or 105)'),
-    ('data.root=/nowhere', '/nowhere/train.txt does not exist'),
-    ('data.val=', 'data.val is empty'),
-    ('data.classes=', 'data.classes'),
-    ('mesh.data=3', 'mesh.data=3'),
-])
+@pytest.mark.parametrize(
+    ('override', 'message'),
+    [
+        ('data.crp=33', "config key 'data.crp' is unknown; did you mean 'data.crop'?"),
+        ('batch_size=two', 'batch_size=two: expected an integer'),
+        ('data.crop=100', 'data.crop=100: a crop must be 8n + 1 (97 or 105)'),
+        ('data.root=/nowhere', '/nowhere/train.txt does not exist'),
+        ('data.val=', 'data.val is empty'),
+        ('data.classes=', 'data.classes'),
+        ('mesh.data=3', 'mesh.data=3'),
+    ],
+)
 def test_a_bad_key_is_named(override, message, small_config, tmp_path, capsys):
-    error = error_of(capsys, '--config', small_config, '--workdir', tmp_path / 'run',
-                     f'--config.{override}')
+    error = error_of(
+        capsys, '--config', small_config, '--workdir', tmp_path / 'run', f'--config.{override}'
+    )
     assert message in error
 
 
@@ -322,8 +390,16 @@ def test_a_truncated_jpeg_in_mid_run_is_named_and_the_run_can_go_on(
     (spoilt / 'train.txt').write_text('\n'.join(lines))
 
     workdir = tmp_path / 'run'
-    process = python('-m', 'psp_jax.main', '--config', small_config, '--workdir', workdir,
-                     f'--config.data.root={spoilt}', '--config.checkpoint_every=1')
+    process = python(
+        '-m',
+        'psp_jax.main',
+        '--config',
+        small_config,
+        '--workdir',
+        workdir,
+        f'--config.data.root={spoilt}',
+        '--config.checkpoint_every=1',
+    )
     assert process.returncode == 2
     assert process.stderr.startswith(f'psp_jax: error: {spoilt}/bad.jpg cannot be decoded')
     assert process.stderr.count('\n') == 1
@@ -336,8 +412,11 @@ def values_of(checkpoint):
         tree = checkpointer.restore(checkpoint / 'state')
 
     def leaves(node):
-        return [leaf for child in node.values() for leaf in leaves(child)] if isinstance(
-            node, dict) else [np.asarray(node)]
+        return (
+            [leaf for child in node.values() for leaf in leaves(child)]
+            if isinstance(node, dict)
+            else [np.asarray(node)]
+        )
 
     return leaves(tree)
 
@@ -346,8 +425,15 @@ def values_of(checkpoint):
 def test_a_loss_that_is_not_finite_names_step_and_examples_and_is_not_saved(
     small_config, photographs, tmp_path, capsys
 ):
-    error = error_of(capsys, '--config', small_config, '--workdir', tmp_path,
-                     '--config.optimizer.learning_rate=1e30', '--config.checkpoint_every=1')
+    error = error_of(
+        capsys,
+        '--config',
+        small_config,
+        '--workdir',
+        tmp_path,
+        '--config.optimizer.learning_rate=1e30',
+        '--config.checkpoint_every=1',
+    )
     step = int(re.search(r'step (\d+): the loss', error)[1])
     assert 1 <= step <= 4 and 'optimizer.learning_rate' in error
     lines = (photographs / 'train.txt').read_text().splitlines()

@@ -12,7 +12,7 @@ import pytest
 
 from psp_jax.config import default_config
 from psp_jax.data.sources import Source
-from psp_jax.evaluate import batches_of_one_shape, full_matrix, network_size
+from psp_jax.evaluate import full_matrix, make_batches, make_evaluator, network_size
 from psp_jax.model import pspnet
 from psp_jax.state import enable_float64, init_variables
 
@@ -123,32 +123,50 @@ def test_every_image_counts_exactly_once(tmp_path):
         np.testing.assert_array_equal(confusion, naive, err_msg=name)
 
 
-def test_batches_hold_every_example_once_and_images_of_one_size():
-    examples = ((i, *read(i)) for i in range(11))
+def test_batches_hold_every_example_once():
+    config = config_of_test().eval
     seen = []
-    for indices, originals, images, labels in batches_of_one_shape(examples, 4, 0, True):
-        assert len(images) == len(labels) == 4
-        assert (labels[len(indices) :] == 255).all()
-        for row, index in enumerate(indices):
-            np.testing.assert_array_equal(labels[row], read(index)[1])
-            np.testing.assert_array_equal(originals[row], read(index)[0])
-        seen += indices
+    for batch in make_batches(((i, *read(i)) for i in range(11)), 4, config, True):
+        assert len(batch.images) == len(batch.labels) == len(batch.rows) == 4
+        assert (batch.labels[len(batch.indices) :] == 255).all()
+        for row, index in enumerate(batch.indices):
+            image, label = read(index)
+            np.testing.assert_array_equal(batch.originals[row][0], image)
+            height, width = label.shape
+            np.testing.assert_array_equal(batch.labels[row, :height, :width], label)
+            # Nothing else on the canvas counts.
+            assert (batch.labels[row] != 255).sum() == (label != 255).sum()
+        seen += batch.indices
     assert sorted(seen) == list(range(11))
 
 
+def test_hundreds_of_image_sizes_compile_few_networks():
+    config = config_of_test(base_size=512).eval
+    config.multiple = 64
+    rng = np.random.default_rng(0)
+    sizes = [tuple(rng.integers(200, 1200, 2)) for _ in range(300)]
+    examples = (
+        (i, np.zeros((*s, 3), np.uint8), np.zeros(s, np.uint8)) for i, s in enumerate(sizes)
+    )
+    batches = [(b.images.shape, len(b.indices)) for b in make_batches(examples, 4, config, True)]
+    assert sum(count for _, count in batches) == 300
+    assert len({shape for shape, _ in batches}) <= 15
+
+
 @pytest.mark.parametrize(
-    ('size', 'base', 'align_corners', 'expected'),
+    ('size', 'base', 'multiple', 'align_corners', 'expected'),
     [
-        ((360, 480), 481, True, (361, 481)),
-        ((1024, 2048), 2048, True, (1025, 2049)),
-        ((473, 473), 0, True, (473, 473)),
-        ((512, 683), 512, True, (385, 513)),
-        ((512, 683), 512, False, (384, 512)),
-        ((5, 5), 0, True, (9, 9)),
+        ((360, 480), 481, 8, True, (361, 481)),
+        ((1024, 2048), 2048, 8, True, (1025, 2049)),
+        ((473, 473), 0, 8, True, (473, 473)),
+        ((512, 683), 512, 8, True, (385, 513)),
+        ((512, 683), 512, 8, False, (384, 512)),
+        ((512, 700), 512, 64, True, (385, 513)),
+        ((5, 5), 0, 8, True, (9, 9)),
     ],
 )
-def test_network_sees_sizes_that_fit_its_stride(size, base, align_corners, expected):
-    assert network_size(size, base, align_corners) == expected
+def test_network_sees_sizes_that_fit_its_stride(size, base, multiple, align_corners, expected):
+    assert network_size(size, base, multiple, align_corners) == expected
 
 
 def test_logits_are_resized_in_the_references_two_steps():

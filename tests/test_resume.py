@@ -96,10 +96,16 @@ def test_resume_is_exact(trained, small_config, python, tmp_path, capsys):
     # ... with the same random choices made on them,
     assert second[0] == first[5] and third[:2] == second[1:3]
     # and ended with the same parameters, statistics and momentum.
-    straight, resumed = (arrays_in(path / 'checkpoints' / '10') for path in (trained.workdir, workdir))
+    straight, resumed = (
+        arrays_in(path / 'checkpoints' / '10') for path in (trained.workdir, workdir)
+    )
     assert straight.keys() == resumed.keys()
     assert {name.split("'")[1] for name in straight} == {
-        'step', 'params', 'batch_stats', 'opt_state'}
+        'step',
+        'params',
+        'batch_stats',
+        'opt_state',
+    }
     for name, value in straight.items():
         assert value.dtype == resumed[name].dtype
         np.testing.assert_array_equal(resumed[name], value, err_msg=name)
@@ -109,12 +115,15 @@ def test_resume_is_exact(trained, small_config, python, tmp_path, capsys):
     assert len(same) < len(straight) / 20
 
 
-@pytest.mark.parametrize(('override', 'message'), [
-    ('seed=1', 'seed: 0 in the checkpoint, 1 now'),
-    ('batch_size=4', 'batch_size: 2 in the checkpoint, 4 now'),
-    ('total_steps=12', 'total_steps: 10 in the checkpoint, 12 now'),
-    ('model.head_width=24', 'model.head_width: 16 in the checkpoint, 24 now'),
-])
+@pytest.mark.parametrize(
+    ('override', 'message'),
+    [
+        ('seed=1', 'seed: 0 in the checkpoint, 1 now'),
+        ('batch_size=4', 'batch_size: 2 in the checkpoint, 4 now'),
+        ('total_steps=12', 'total_steps: 10 in the checkpoint, 12 now'),
+        ('model.head_width=24', 'model.head_width: 16 in the checkpoint, 24 now'),
+    ],
+)
 def test_a_run_is_not_resumed_as_another_one(trained, small_config, override, message, capsys):
     words = ['--config', str(small_config), '--workdir', str(trained.workdir)]
     assert main([*words, f'--config.{override}']) == 2

@@ -48,7 +48,9 @@ def resize_matrix(size: int, new_size: int, align_corners: bool) -> np.ndarray:
     return matrix
 
 
-def apply_matrices(x_BHWC: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
+def apply_matrices(
+    x_BHWC: jax.Array, rows: np.ndarray | jax.Array, columns: np.ndarray | jax.Array
+) -> jax.Array:
     """Maps height by `rows` [newH, H] and width by `columns` [newW, W]: [B, newH, newW, C]."""
     rows, columns = rows.astype(x_BHWC.dtype), columns.astype(x_BHWC.dtype)
     highest = jax.lax.Precision.HIGHEST
