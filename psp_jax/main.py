@@ -130,12 +130,16 @@ def run(argv: Sequence[str]) -> None:
 
 def quieten_libraries() -> None:
     """Keeps the chatter of TensorFlow and orbax off the terminal; their errors stay."""
+    import logging as python_logging
+
     # both are read when TensorFlow is imported; oneDNN announces itself whatever the log level is
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)
+    # Of the many reads of a damaged checkpoint orbax awaits one; asyncio prints the errors of all.
+    python_logging.getLogger('asyncio').setLevel(python_logging.CRITICAL)
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -1,5 +1,4 @@
-"""What the tests of whole runs share: generated photographs, a small configuration, and the compiled
-programs."""
+"""What the tests of whole runs share: photographs, a small configuration, compiled programs."""
 
 import os
 import subprocess
@@ -83,7 +82,7 @@ def small_config(photographs: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope='session')
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Has JAX keep compiled programs in one folder, here and, by these variables, in subprocesses."""
+    """Has JAX keep compiled programs in one folder; subprocesses do so by these variables."""
     folder = os.environ.get('JAX_COMPILATION_CACHE_DIR') or str(tmp_path_factory.mktemp('programs'))
     jax.config.update('jax_compilation_cache_dir', folder)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
@@ -120,7 +119,7 @@ def trained(
     python: Callable[..., subprocess.CompletedProcess],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Run:
-    """The command line's run of `small_config`, from an empty folder to the end; for reading only."""
+    """The run of `small_config` by the command line, from an empty folder; for reading only."""
     workdir = tmp_path_factory.mktemp('runs') / 'run 1'
     process = python('-m', 'psp_jax.main', '--config', small_config, '--workdir', workdir)
     assert process.returncode == 0, process.stderr

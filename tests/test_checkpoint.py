@@ -72,6 +72,7 @@ def test_a_part_of_a_state_comes_back_alone(saved):
     assert_same(checkpoint.restore(saved, 3, shapes(part)), part)
 
 
+@pytest.mark.filterwarnings('ignore:Sharding info not provided')  # arrays go to this device
 def test_names_in_a_checkpoint_are_readable_without_this_package(saved):
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.restore(saved / '3' / 'state')
@@ -259,6 +260,8 @@ def empty(path):
             file.write_bytes(b'')
 
 
+# The first array that cannot be read ends orbax's event loop; the others then speak up.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize(
     'damage',
     [

@@ -12,7 +12,7 @@ import pytest
 
 from psp_jax.config import default_config
 from psp_jax.data.sources import Source
-from psp_jax.evaluate import full_matrix, make_batches, make_evaluator, network_size
+from psp_jax.evaluate import full_matrix, make_batches, network_size
 from psp_jax.model import pspnet
 from psp_jax.state import enable_float64, init_variables
 
@@ -92,12 +92,13 @@ def test_every_image_counts_exactly_once(tmp_path):
         'import jax, sys, numpy as np\n'
         'jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))\n'
         'import test_evaluate as t\n'
+        'from psp_jax.evaluate import make_evaluator\n'
         'config = t.config_of_test()\n'
         'variables, model = t.variables_and_model(config)\n'
         'out = {}\n'
         'for batch_size in map(int, sys.argv[3:]):\n'
         '    config = t.config_of_test(batch_size)\n'
-        '    result = t.make_evaluator(config, model, t.SOURCE)(variables, 7)\n'
+        '    result = make_evaluator(config, model, t.SOURCE)(variables, 7)\n'
         '    assert result.scores["step"] == 7 and result.scores["images"] == 11\n'
         '    out[f"b{batch_size}"] = result.confusion\n'
         'if sys.argv[1] == "1":\n'

@@ -228,22 +228,22 @@ def _tree(canvas: _Canvas, dice: Dice, foot: int, x: int) -> None:
 def _lamp(canvas: _Canvas, dice: Dice, foot: int, x: int) -> None:
     top, metal = dice(6, 11), _mix(_pick(dice, _PAINTS), _DARK, dice(1, 3))
     light = _pick(dice, _LIGHTS)
-    _rectangle(canvas, LAMP, metal, (top + 6, foot), (x - 3, x + 4))
-    _rectangle(canvas, LAMP, metal, (foot - 5, foot), (x - 5, x + 6))
-    _ellipse(canvas, LAMP, metal, top + 4, x, 7, 7)
-    _ellipse(canvas, LAMP, light, top + 4, x, 5, 5)
+    _rectangle(canvas, LAMP, metal, (top + 6, foot), (x - 4, x + 5))
+    _rectangle(canvas, LAMP, metal, (foot - 5, foot), (x - 6, x + 7))
+    _ellipse(canvas, LAMP, metal, top + 4, x, 8, 8)
+    _ellipse(canvas, LAMP, light, top + 4, x, 6, 6)
 
 
 def _person(canvas: _Canvas, dice: Dice, foot: int, x: int) -> None:
     skin = _pick(dice, ((226, 182, 152), (150, 104, 78), (96, 66, 52)))
     coat, trousers = _pick(dice, _PAINTS), _mix(_pick(dice, _PAINTS), _DARK, 2)
-    _rectangle(canvas, PERSON, trousers, (foot - 9, foot), (x - 5, x + 6))
+    _rectangle(canvas, PERSON, trousers, (foot - 9, foot), (x - 6, x + 7))
     _rectangle(canvas, PERSON, _DARK, (foot - 8, foot), (x, x + 1))
-    _rectangle(canvas, PERSON, coat, (foot - 20, foot - 9), (x - 5, x + 6))
+    _rectangle(canvas, PERSON, coat, (foot - 21, foot - 9), (x - 6, x + 7))
     shade = _mix(coat, _DARK, 1)
-    for sleeve in (x - 5, x + 4):
+    for sleeve in (x - 6, x + 5):
         _rectangle(canvas, PERSON, shade, (foot - 18, foot - 9), (sleeve, sleeve + 2))
-    _ellipse(canvas, PERSON, skin, foot - 23, x, 5, 4)
+    _ellipse(canvas, PERSON, skin, foot - 25, x, 6, 5)
 
 
 def _vehicle(canvas: _Canvas, dice: Dice, label: int, foot: int, length: int) -> None:
