@@ -19,6 +19,7 @@ from psp_jax.config import apply_overrides, check_config, from_json
 from psp_jax.data.labels import IGNORE, label_space
 from psp_jax.data.pipeline import eval_examples
 from psp_jax.data.sources import Source, check_source, make_source
+from psp_jax.errors import UserError
 from psp_jax.mesh import local_mesh, on_devices, put_batch, replicated, split_batch
 from psp_jax.model import pspnet
 from psp_jax.model.resample import resize_matrix
@@ -84,10 +85,10 @@ class Batch(NamedTuple):
 def make_batches(
     examples: Iterable[tuple[int, np.ndarray, np.ndarray]],
     size: int,
-    evaluation: ConfigDict,
-    align_corners: bool,
+    config: ConfigDict,
 ) -> Iterator[Batch]:
     """Groups (index, image, label) by the sizes that have to be compiled, `size` at a time."""
+    align_corners = config.model.align_corners
     waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray, np.ndarray]]] = {}
 
     def batch(key: tuple[int, ...]) -> Batch:
@@ -110,7 +111,7 @@ def make_batches(
     for example in examples:
         own = example[2].shape
         canvas = tuple(CANVAS * -(-side // CANVAS) for side in own)
-        seen = network_size(own, evaluation.base_size, evaluation.multiple, align_corners)
+        seen = network_size(own, config.eval.base_size, config.eval.multiple, align_corners)
         group = waiting.setdefault((*seen, *canvas), [])
         group.append(example)
         if len(group) == size:
@@ -194,7 +195,7 @@ def make_evaluator(
 
         examples = eval_examples(source, share, config.data.threads)
         unread = None
-        for batch in make_batches(examples, batch_size, config.eval, model.align_corners):
+        for batch in make_batches(examples, batch_size, config):
             images, *others = put_batch(batch[2:], mesh)
             outputs = score_fn(forward(variables, images), *others)
             if unread:
@@ -253,6 +254,12 @@ def evaluate_checkpoint(
 ) -> None:
     """Scores a checkpoint and writes `WORKDIR/eval`; the configuration defaults to its own."""
     path, step = checkpoint.find(workdir, which)
+    try:
+        tf.io.gfile.makedirs(f'{workdir}/eval')
+    except tf.errors.OpError as error:
+        raise UserError(
+            f'{workdir}/eval: cannot be written ({error.message}); set --workdir'
+        ) from error
     if config is None:
         config = from_json(checkpoint.read_meta(path, step)['config'])
         apply_overrides(config, overrides)

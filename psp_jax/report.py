@@ -23,13 +23,26 @@ def say(text: str) -> None:
 
 
 class Writer:
-    """Scalars to `WORKDIR/metrics.jsonl` and TensorBoard, from the first process only."""
+    """Scalars to `WORKDIR/metrics.jsonl` and TensorBoard, from the first process only.
 
-    def __init__(self, workdir: str):
+    A run that continues from step `first` takes back the lines of later steps, which it will write
+    again, so that every step stands there once.
+    """
+
+    def __init__(self, workdir: str, first: int):
         self.active = jax.process_index() == 0
         if self.active:
             tf.io.gfile.makedirs(workdir)
-            self.lines = tf.io.gfile.GFile(f'{workdir}/metrics.jsonl', 'a')
+            path = f'{workdir}/metrics.jsonl'
+            if tf.io.gfile.exists(path):
+                with tf.io.gfile.GFile(path) as file:
+                    whole = [line for line in file.read().splitlines() if line.endswith('}')]
+                with tf.io.gfile.GFile(f'{path}.new', 'w') as file:
+                    for line in whole:
+                        if json.loads(line)['step'] <= first:
+                            file.write(f'{line}\n')
+                tf.io.gfile.rename(f'{path}.new', path, overwrite=True)
+            self.lines = tf.io.gfile.GFile(path, 'a')
             self.events = tf.summary.create_file_writer(f'{workdir}/tensorboard')
 
     def scalars(self, step: int, values: dict[str, float]) -> None:

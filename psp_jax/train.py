@@ -137,11 +137,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
         report.say(f'continuing from step {first} of {path / str(first)}')
     else:
         state = make_state()
+    if first == config.total_steps:
+        report.say(f'step {first} is the last: the run is finished')
+        manager.close()
+        return state
 
     # ---- The loop. Order matters: a step is dispatched before the last one's scalars are read, so
     # that the device never waits for the host; and a state is saved only once its own scalars are
     # known to be finite.
-    writer = report.Writer(workdir)
+    writer = report.Writer(workdir, first)
     batches = train_batches(
         source,
         config,
@@ -181,13 +185,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     try:
         unread = None
         batch = batch_of(first + 1)
-        if batch is None:
-            report.say(f'step {first} is the last: the run is finished')
-        else:
-            start = time.perf_counter()
-            step_fn = compile_step(mesh, model, tx, config).lower(state, batch).compile()
-            report.say(f'compiled in {report.duration(time.perf_counter() - start)}')
-            speed.reset()
+        start = time.perf_counter()
+        step_fn = compile_step(mesh, model, tx, config).lower(state, batch).compile()
+        report.say(f'compiled in {report.duration(time.perf_counter() - start)}')
+        speed.reset()
         for step in range(first + 1, config.total_steps + 1):
             state, scalars = step_fn(state, batch)
             start = time.perf_counter()

@@ -451,6 +451,7 @@ def test_a_run_resumes_only_where_the_mathematics_is_the_same(key):
         'eval.protocol',
         'eval.split',
         'eval.base_size',
+        'eval.multiple',
         'eval.batch_size',
         'eval.panels',
         'mesh.data',

@@ -228,6 +228,7 @@ def test_ablations_change_what_they_name_and_nothing_else():
         'data.classes',
         'data.label_map',
         'eval.base_size',
+        'eval.multiple',
     }
     allowed = {
         'bins': 'model.bins',

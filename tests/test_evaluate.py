@@ -125,9 +125,9 @@ def test_every_image_counts_exactly_once(tmp_path):
 
 
 def test_batches_hold_every_example_once():
-    config = config_of_test().eval
+    config = config_of_test()
     seen = []
-    for batch in make_batches(((i, *read(i)) for i in range(11)), 4, config, True):
+    for batch in make_batches(((i, *read(i)) for i in range(11)), 4, config):
         assert len(batch.images) == len(batch.labels) == len(batch.rows) == 4
         assert (batch.labels[len(batch.indices) :] == 255).all()
         for row, index in enumerate(batch.indices):
@@ -142,14 +142,14 @@ def test_batches_hold_every_example_once():
 
 
 def test_hundreds_of_image_sizes_compile_few_networks():
-    config = config_of_test(base_size=512).eval
-    config.multiple = 64
+    config = config_of_test(base_size=512)
+    config.eval.multiple = 64
     rng = np.random.default_rng(0)
     sizes = [tuple(rng.integers(200, 1200, 2)) for _ in range(300)]
     examples = (
         (i, np.zeros((*s, 3), np.uint8), np.zeros(s, np.uint8)) for i, s in enumerate(sizes)
     )
-    batches = [(b.images.shape, len(b.indices)) for b in make_batches(examples, 4, config, True)]
+    batches = [(b.images.shape, len(b.indices)) for b in make_batches(examples, 4, config)]
     assert sum(count for _, count in batches) == 300
     assert len({shape for shape, _ in batches}) <= 15
 
