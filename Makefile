@@ -12,13 +12,12 @@ BENCHMARKS := conv_gradient
 
 demo: .venv/requirements.txt
 	$(RUN) -m psp_jax.main --config configs/scenes.py --workdir runs/scenes
-	$(RUN) -m psp_jax.main --mode eval --workdir runs/scenes
 	@echo
-	@echo 'Metrics:  runs/scenes/eval/metrics.json'
-	@echo "Pictures: $$(ls runs/scenes/eval/*/panels.png)"
+	@echo 'Metrics: runs/scenes/eval/metrics.json'
+	@echo "Picture: $$(ls -t runs/scenes/eval/*/panels.png | head -n 1)"
 
 test: lint
-	$(RUN) -m pytest -m 'not slow'
+	$(RUN) -m pytest -m 'not slow' --durations=10
 
 test-slow: .venv/requirements-test.txt
 	$(RUN) -m pytest -m slow

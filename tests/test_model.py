@@ -55,17 +55,20 @@ def test_parameter_count_of_the_small_network_and_its_parts():
     assert count(layer3) == 7_098_368
 
 
-@pytest.mark.parametrize('stem', ['deep', 'deep_small', 'conv7'])
-@pytest.mark.parametrize('dilation', ['full', 'contract'])
+@pytest.mark.parametrize(
+    ('depth', 'stem', 'dilation'),
+    [(50, 'deep', 'full'), (18, 'deep_small', 'contract'), (18, 'conv7', 'full')],
+)
 @pytest.mark.parametrize(('size', 'cells'), [(97, 13), (473, 60), (713, 90), (512, 64)])
-def test_output_stride_is_eight(stem, dilation, size, cells):
-    backbone = ResNet(50, stem, dilation)
+def test_output_stride_is_eight(depth, stem, dilation, size, cells):
+    backbone = ResNet(depth, stem, dilation)
     shapes = jax.eval_shape(
         lambda: backbone.init_with_output(jax.random.key(0), jnp.zeros((1, size, size, 3)), False)[
             0
         ]
     )
-    assert [s.shape for s in shapes] == [(1, cells, cells, 1024), (1, cells, cells, 2048)]
+    times = 1 if depth == 18 else 4
+    assert [s.shape for s in shapes] == [(1, cells, cells, times * c) for c in (256, 512)]
 
 
 def test_depth_269_has_the_papers_blocks():
