@@ -42,7 +42,7 @@ clean:
 	        'these, or say where it is: make PYTHON=/path/to/python3.12 ...' >&2; \
 	    exit 1; \
 	fi; \
-	echo "$$("$$found" --version): setting up .venv"; "$$found" -m venv .venv
+	echo "$$("$$found" --version): setting up .venv"; "$$found" -m venv .venv || { rm -rf .venv; exit 1; }
 
 # The copies within .venv tell which requirements are installed in it.
 .venv/requirements.txt: requirements.txt .venv/bin/python

@@ -86,7 +86,9 @@ def find(workdir: str, which: str) -> tuple[epath.Path, int]:
             step = max(steps)
         elif which == 'best':
             best = manager.best_step()
-            step = max(steps) if best is None else best
+            if best is None:
+                raise UserError(f'{path}: no checkpoint was evaluated; use --checkpoint latest')
+            step = best
         else:
             step = int(which)
     if step not in steps:

@@ -95,7 +95,7 @@ def default_config() -> ConfigDict:
         weight_decay=1e-4,
         decay_norm_and_bias=True,  # weight decay on BatchNorm and biases too (semseg)
         head_multiplier=10.0,  # learning rate of pyramid and heads over the backbone's
-        warmup_steps=0,  # steps of linear warm-up from 0; 0 = none
+        warmup_steps=0,  # steps of linear warm-up, whose n-th takes n/w of the rate; 0 = none
         recipe_batch_size=16,  # that learning_rate was chosen for; a line is logged if it differs
     )
     config.eval = _group(
@@ -120,7 +120,12 @@ def load_config(path_with_args: str, overrides: Iterable[str] = ()) -> ConfigDic
     spec = importlib.util.spec_from_file_location('psp_jax_user_config', path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        line = getattr(error, 'lineno', None)
+        where = f'{path}, line {line}' if line else path
+        raise UserError(f'{where}: the config file cannot be loaded ({error})') from error
     if not hasattr(module, 'get_config'):
         raise UserError(f"{path}: defines no function get_config(arg: str = '')")
     try:

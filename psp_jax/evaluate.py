@@ -25,7 +25,7 @@ from psp_jax.model import pspnet
 from psp_jax.model.resample import resize_matrix
 from psp_jax.state import enable_float64, init_variables
 
-CANVAS = 128  # pixels; labels lie on canvases whose sides are multiples of it
+CANVAS = 128  # pixels; the shortest side of the canvases that labels lie on
 
 
 class Panel(NamedTuple):
@@ -87,17 +87,20 @@ def make_batches(
     size: int,
     config: ConfigDict,
 ) -> Iterator[Batch]:
-    """Groups (index, image, label) by the sizes that have to be compiled, `size` at a time."""
+    """Groups (index, image, label) by the size that the network sees, `size` at a time."""
     align_corners = config.model.align_corners
-    waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray, np.ndarray]]] = {}
+    waiting: dict[tuple[int, int], list[tuple[int, np.ndarray, np.ndarray]]] = {}
 
-    def batch(key: tuple[int, ...]) -> Batch:
-        height, width, *canvas = key
+    def batch(key: tuple[int, int]) -> Batch:
+        height, width = key
+        group = waiting.pop(key)
+        # Few canvases: sides are powers of two, beyond the largest label of the group.
+        largest = np.max([label.shape for _, _, label in group], 0)
+        canvas = tuple(max(CANVAS, 1 << (int(side) - 1).bit_length()) for side in largest)
         cells = (height + 7) // 8, (width + 7) // 8
         images = np.zeros((size, height, width, 3), np.uint8)
         labels = np.full((size, *canvas), IGNORE, np.uint8)
         rows, columns = (np.zeros((size, c, n)) for c, n in zip(canvas, cells, strict=True))
-        group = waiting.pop(key)
         for i, (_, image, label) in enumerate(group):
             # Bilinear without antialiasing, as the reference resizes.
             images[i] = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -110,12 +113,11 @@ def make_batches(
 
     for example in examples:
         own = example[2].shape
-        canvas = tuple(CANVAS * -(-side // CANVAS) for side in own)
         seen = network_size(own, config.eval.base_size, config.eval.multiple, align_corners)
-        group = waiting.setdefault((*seen, *canvas), [])
+        group = waiting.setdefault(seen, [])
         group.append(example)
         if len(group) == size:
-            yield batch((*seen, *canvas))
+            yield batch(seen)
     for key in list(waiting):
         yield batch(key)
 
@@ -148,13 +150,12 @@ def make_evaluator(
     Every process scores every `process_count`-th image on its own devices, at its own pace; only
     the counts are summed over processes in the end.
     """
-    mesh = local_mesh()
+    mesh = local_mesh(config.mesh.data)
     names = label_space(config.data.classes).names
     share = range(jax.process_index(), source.length, jax.process_count())
     batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
-    shown = set(
-        np.linspace(0, source.length - 1, min(config.eval.panels, source.length)).astype(int)
-    )
+    panels_here = min(config.eval.panels, len(share))
+    shown = {share[int(i)] for i in np.linspace(0, len(share) - 1, panels_here)}
     split, whole = split_batch(mesh), replicated(mesh)
     # Two programs: the network compiles for each size that it sees, which are few, and the quick
     # scoring for each canvas, with the true sizes as data.
@@ -269,7 +270,8 @@ def evaluate_checkpoint(
     check_source(source)
     model = pspnet.build(config)
     shapes = jax.eval_shape(lambda: init_variables(model, config.seed))
-    target = {name: on_devices(shapes[name], local_mesh()) for name in ('params', 'batch_stats')}
+    mesh = local_mesh(config.mesh.data)
+    target = {name: on_devices(shapes[name], mesh) for name in ('params', 'batch_stats')}
     variables = checkpoint.restore(path, step, target)
     report.say(f'evaluating {path / str(step)} on {source.length} images of {config.eval.split!r}')
     result = make_evaluator(config, model, source)(variables, step)

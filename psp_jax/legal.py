@@ -33,6 +33,11 @@ def check_values(flat: Mapping[str, Any]) -> None:
             f'than total_steps={flat["total_steps"]}'
         )
     _check_crop(flat['data.crop'], flat['model.align_corners'])
+    if flat['batch_size'] == 1 and flat['model.reduce'] and 1 in flat['model.bins']:
+        raise UserError(
+            'batch_size=1: batch normalisation of the 1 x 1 pyramid level would see one value a '
+            'channel; take 2 images or more, or bins without 1'
+        )
 
 
 _CHOICES: dict[str, tuple[str | int, ...]] = {
@@ -71,7 +76,11 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         'two positive numbers, the lower first',
         lambda value: len(value) == 2 and 0 < value[0] <= value[1],
     ),
-    ('data.mean', 'three numbers, for R, G, B', lambda value: len(value) == 3),
+    (
+        'data.mean',
+        'three numbers, for R, G, B, of pixels in 0..255 (not 0..1)',
+        lambda value: len(value) == 3 and 1 < max(value) <= 255 and min(value) >= 0,
+    ),
     (
         'data.std',
         'three positive numbers, for R, G, B',
@@ -154,7 +163,7 @@ def parsed(key: str, text: str, default: Any) -> Any:
     elif not isinstance(default, str):
         try:
             value = float(text) if isinstance(default, float) else ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = text
         if isinstance(default, tuple) and isinstance(value, (int, float)):
             value = (value,)  # a tuple of one is '(6)' to anyone but Python

@@ -27,9 +27,9 @@ def make_mesh(data: int, batch_size: int) -> Mesh:
     return Mesh(devices, ('data', 'space'), axis_types=(AxisType.Auto,) * 2)
 
 
-def local_mesh() -> Mesh:
-    """This process's own devices as a ('data', 'space') mesh."""
-    devices = np.array(jax.local_devices()).reshape(-1, 1)
+def local_mesh(data: int) -> Mesh:
+    """This process's own devices as a ('data', 'space') mesh, at most `data` of them; -1 = all."""
+    devices = np.array(jax.local_devices()[: data if data > 0 else None]).reshape(-1, 1)
     return Mesh(devices, ('data', 'space'), axis_types=(AxisType.Auto,) * 2)
 
 

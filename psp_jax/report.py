@@ -1,5 +1,6 @@
 """What a person sees of a run: log lines, tables, TensorBoard, pictures. Effects only."""
 
+import contextlib
 import json
 import sys
 import time
@@ -36,11 +37,12 @@ class Writer:
             path = f'{workdir}/metrics.jsonl'
             if tf.io.gfile.exists(path):
                 with tf.io.gfile.GFile(path) as file:
-                    whole = [line for line in file.read().splitlines() if line.endswith('}')]
+                    lines = file.read().splitlines()
                 with tf.io.gfile.GFile(f'{path}.new', 'w') as file:
-                    for line in whole:
-                        if json.loads(line)['step'] <= first:
-                            file.write(f'{line}\n')
+                    for line in lines:
+                        with contextlib.suppress(ValueError, KeyError):  # a line that was cut off
+                            if json.loads(line)['step'] <= first:
+                                file.write(f'{line}\n')
                 tf.io.gfile.rename(f'{path}.new', path, overwrite=True)
             self.lines = tf.io.gfile.GFile(path, 'a')
             self.events = tf.summary.create_file_writer(f'{workdir}/tensorboard')

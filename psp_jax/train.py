@@ -130,9 +130,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     first = manager.latest_step() or 0
     if first:
         path = checkpoint.directory(workdir)
-        check_resume(
-            from_json(checkpoint.read_meta(path, first)['config']), config, path / str(first)
-        )
+        check_resume(checkpoint.read_meta(path, first), config, source, path / str(first))
         state = checkpoint.restore(path, first, on_devices(jax.eval_shape(make_state), mesh))
         report.say(f'continuing from step {first} of {path / str(first)}')
     else:
@@ -208,19 +206,27 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
                 variables = {'params': state.params, 'batch_stats': state.batch_stats}
                 result = evaluate_fn(variables, step)
                 report_evaluation(result, config, workdir, writer)
-            meta = {'config': to_json(config), 'versions': versions()}
+            meta = {
+                'config': to_json(config),
+                'examples': source.length,
+                'versions': versions(),
+            }
             checkpoint.save(manager, step, state, meta, result and result.scores)
             speed.reset()
     finally:
-        manager.wait_until_finished()
-        manager.close()
-        writer.close()
+        try:
+            manager.wait_until_finished()  # raises what went wrong in the last save
+        finally:
+            manager.close()
+            writer.close()
     return state
 
 
-def check_resume(saved: ConfigDict, config: ConfigDict, where: Any) -> None:
+def check_resume(meta: dict[str, Any], config: ConfigDict, source: Source, where: Any) -> None:
     """Raises UserError where a resumed run would not be the run that was begun."""
-    differences = resume_differences(saved, config)
+    differences = resume_differences(from_json(meta['config']), config)
+    if meta['examples'] != source.length:  # the order of the examples depends on their number
+        differences.append(f'training images: {meta["examples"]} then, {source.length} now')
     if differences:
         raise UserError(
             f'{where} was trained otherwise: {"; ".join(differences)}. Use the same values, or '

@@ -29,6 +29,8 @@ class Head(nn.Module):
         x = nn.relu(BatchNorm(name='bn', **kinds)(x, train))
         # Whole channels drop, as the reference's Dropout2d: neighbouring cells are too alike.
         x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
+        # The scores are exact even where features are bfloat16.
+        kinds['dtype'] = self.param_dtype
         classifier = Conv(
             self.classes, 1, bias=True, kernel_init=fan_in_uniform, name='classifier', **kinds
         )

@@ -51,11 +51,15 @@ def resize_matrix(size: int, new_size: int, align_corners: bool) -> np.ndarray:
 def apply_matrices(
     x_BHWC: jax.Array, rows: np.ndarray | jax.Array, columns: np.ndarray | jax.Array
 ) -> jax.Array:
-    """Maps height by `rows` [newH, H] and width by `columns` [newW, W]: [B, newH, newW, C]."""
-    rows, columns = rows.astype(x_BHWC.dtype), columns.astype(x_BHWC.dtype)
+    """Maps height by `rows` [newH, H] and width by `columns` [newW, W]: [B, newH, newW, C].
+
+    Computed in float32 or better: weights such as 1/60 are not to be rounded to bfloat16.
+    """
+    exact = jnp.promote_types(x_BHWC.dtype, jnp.float32)
     highest = jax.lax.Precision.HIGHEST
-    x = jnp.einsum('oh,bhwc->bowc', rows, x_BHWC, precision=highest)
-    return jnp.einsum('pw,bowc->bopc', columns, x, precision=highest)
+    x = jnp.einsum('oh,bhwc->bowc', rows.astype(exact), x_BHWC.astype(exact), precision=highest)
+    x = jnp.einsum('pw,bowc->bopc', columns.astype(exact), x, precision=highest)
+    return x.astype(x_BHWC.dtype)
 
 
 def resize(x_BHWC: jax.Array, size: tuple[int, int], align_corners: bool) -> jax.Array:
