@@ -95,9 +95,9 @@ from tests.test_checkpoint import META, a_state, shapes
 assert jax.device_count() == 8
 workdir, old, new = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 state = a_state(new)
-state = jax.device_put(state, replicated(local_mesh()))
+state = jax.device_put(state, replicated(local_mesh(-1)))
 if old:
-    target = on_devices(jax.eval_shape(lambda: a_state(old)), local_mesh())
+    target = on_devices(jax.eval_shape(lambda: a_state(old)), local_mesh(-1))
     state = checkpoint.restore(checkpoint.directory(workdir), old, target)
     for value, expected in zip(jax.tree.leaves(state), jax.tree.leaves(a_state(old)), strict=True):
         assert len(value.sharding.device_set) == 8 and value.is_fully_replicated
@@ -216,8 +216,9 @@ def test_a_checkpoint_is_found_by_name_step_and_path(tmp_path, monkeypatch):
         assert checkpoint.find('elsewhere', str(path)) == (folder, 20)
 
 
-def test_the_best_is_the_latest_where_nothing_was_evaluated(two):
-    assert checkpoint.find(str(two.parent), 'best') == (two, 2)
+def test_there_is_no_best_where_nothing_was_evaluated(two):
+    with pytest.raises(UserError, match='no checkpoint was evaluated; use --checkpoint latest'):
+        checkpoint.find(str(two.parent), 'best')
 
 
 @pytest.mark.parametrize(

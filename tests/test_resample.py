@@ -43,6 +43,16 @@ def test_pooling_equals_a_loop_over_windows(size, bins):
     np.testing.assert_array_equal(largest, pooled_by_loop(x, bins, np.max))
 
 
+def test_max_pooling_sends_its_gradient_to_one_cell_of_each_window():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 12, 12, 2)), jnp.float32)
+    gradient = np.asarray(jax.grad(lambda x: max_pool(x, 3).sum())(x))
+    assert set(np.unique(gradient)) == {0, 1}
+    windows = gradient.reshape(1, 3, 4, 3, 4, 2)
+    np.testing.assert_array_equal(windows.sum((2, 4)), 1)
+    cells = np.asarray(x).reshape(windows.shape)
+    np.testing.assert_array_equal((windows * cells).sum((2, 4)), cells.max((2, 4)))
+
+
 def test_neighbouring_bins_share_cells_as_the_reference_does():
     # 64 cells in 3 bins: (0, 22) (21, 43) (42, 64)
     x = jnp.zeros((1, 64, 64, 1)).at[0, 21, 0, 0].set(1.0)

@@ -81,5 +81,17 @@ def average_pool(x_BHWC: jax.Array, bins: int) -> jax.Array:
 def max_pool(x_BHWC: jax.Array, bins: int) -> jax.Array:
     """Adaptive max pooling to [B, bins, bins, C], over the same windows as `average_pool`."""
     _, height, width, _ = x_BHWC.shape
-    x = jnp.stack([x_BHWC[:, a:b].max(1) for a, b in window_bounds(height, bins)], axis=1)
-    return jnp.stack([x[:, :, a:b].max(2) for a, b in window_bounds(width, bins)], axis=2)
+    rows = [largest(x_BHWC[:, a:b], 1) for a, b in window_bounds(height, bins)]
+    x = jnp.stack(rows, axis=1)
+    return jnp.stack([largest(x[:, :, a:b], 2) for a, b in window_bounds(width, bins)], axis=2)
+
+
+def largest(x: jax.Array, axis: int) -> jax.Array:
+    """The maximum along an axis, with the gradient to the first cell that attains it.
+
+    `jnp.max` looks in its gradient for the cells equal to the maximum; where the compiler computes
+    the cells anew and rounds otherwise it finds none, and divides by zero.
+    """
+    index = jnp.argmax(x, axis, keepdims=True)
+    chosen = jax.lax.broadcasted_iota(index.dtype, x.shape, axis) == index
+    return jnp.sum(jnp.where(chosen, x, 0), axis)
