@@ -119,7 +119,7 @@ def keys_read(source: str) -> set[str]:
             if isinstance(node, ast.Assign) and len(node.targets) == 1:
                 target, value = node.targets[0], node.value
                 both = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
-                pairs = zip(target.elts, value.elts) if both else [(target, value)]  # noqa: B905
+                pairs = zip(target.elts, value.elts, strict=False) if both else [(target, value)]
                 for name, group in pairs:
                     if isinstance(name, ast.Name) and key(group):
                         names[name.id] = key(group)
