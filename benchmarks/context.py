@@ -1,13 +1,13 @@
 """Does the pyramid use context that a plain dilated FCN misses? (paper, section 3.1)
 
-    python -m benchmarks.context [--steps 400] [--seeds 0 1 2] [--workdir runs/context]
+    python -m benchmarks.context [--steps 360] [--seeds 0 1 2] [--workdir runs/context]
 
 Trains PSPNet and the FCN (`bins=()`) on the built-in scenes, where the same object is a car in a
 street and a boat in a harbour. Both networks get the same steps, the same pictures in the same
 order and the same seeds. Each run is a `python -m psp_jax.main` of its own; one that is finished is
 not run again and one that was cut off goes on, so the whole may be stopped and started at will.
-Progress and a table go to stderr, JSON to stdout. Six runs of 400 steps take about six times as
-long as `make demo`.
+Progress and a table go to stderr, JSON to stdout. Six runs take about six times as long as
+`make demo`, which is the first of them.
 
 The FCN's theoretical receptive field is printed beside the distance of the cue. It may well exceed
 the picture: then the FCN *could* see the cue, and what is measured is whether training makes it
@@ -157,7 +157,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('--steps', type=int, default=400, help='training steps of each run')
+    parser.add_argument('--steps', type=int, default=360, help='training steps of each run')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--workdir', type=Path, default=ROOT / 'runs' / 'context')
     flags = parser.parse_args()

@@ -28,6 +28,7 @@ FREE_ON_RESUME = (
     'eval_every',
     'checkpoint_every',
     'checkpoint_keep',
+    'optimizer.recipe_batch_size',
     'eval.*',
     'mesh.*',
     'data.root',

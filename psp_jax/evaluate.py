@@ -39,7 +39,7 @@ class Panel(NamedTuple):
 class Result(NamedTuple):
     scores: dict[str, Any]  # the content of metrics.json
     confusion: np.ndarray  # int64 [classes, classes] of (label, prediction)
-    panels: list[Panel]
+    picture: np.ndarray | None  # uint8 [H, W, 3], a few panels as a person sees them
 
 
 def network_size(
@@ -151,7 +151,8 @@ def make_evaluator(
     the counts are summed over processes in the end.
     """
     mesh = local_mesh(config.mesh.data)
-    names = label_space(config.data.classes).names
+    space = label_space(config.data.classes)
+    names = space.names
     share = range(jax.process_index(), source.length, jax.process_count())
     batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
     panels_here = min(config.eval.panels, len(share))
@@ -174,15 +175,8 @@ def make_evaluator(
         variables = jax.device_put(local, whole)
         confusion = np.zeros((len(names), len(names)), np.int64)
         loss, count, panels = 0.0, 0, {}
-        bar = tqdm(
-            total=len(share),
-            desc='evaluating',
-            unit='image',
-            disable=not report.on_terminal(),
-            leave=False,
-        )
 
-        def read(batch: Batch, outputs: Any) -> None:
+        def read(batch: Batch, outputs: Any, bar: tqdm) -> None:
             nonlocal confusion, loss, count
             matrix, batch_loss, batch_count = jax.device_get(outputs[:3])
             confusion = confusion + matrix
@@ -196,15 +190,18 @@ def make_evaluator(
 
         examples = eval_examples(source, share, config.data.threads)
         unread = None
-        for batch in make_batches(examples, batch_size, config):
-            images, *others = put_batch(batch[2:], mesh)
-            outputs = score_fn(forward(variables, images), *others)
+        hidden = not report.on_terminal()
+        with tqdm(
+            total=len(share), desc='evaluating', unit='image', disable=hidden, leave=False
+        ) as bar:
+            for batch in make_batches(examples, batch_size, config):
+                images, *others = put_batch(batch[2:], mesh)
+                outputs = score_fn(forward(variables, images), *others)
+                if unread:
+                    read(*unread, bar)  # while the devices work on the next batch
+                unread = batch, outputs
             if unread:
-                read(*unread)  # while the devices work on the next batch
-            unread = batch, outputs
-        if unread:
-            read(*unread)
-        bar.close()
+                read(*unread, bar)
         confusion, loss, count = sum_over_processes((confusion, np.float64(loss), np.int64(count)))
         scores = {
             'step': step,
@@ -215,7 +212,8 @@ def make_evaluator(
             'loss': float(loss) / max(int(count), 1),
             'seconds': time.perf_counter() - start,
         }
-        return Result(scores, confusion, [panels[index] for index in sorted(panels)])
+        chosen = [panels[index] for index in sorted(panels)]
+        return Result(scores, confusion, report.draw_panels(chosen, space) if chosen else None)
 
     return evaluate
 
@@ -233,7 +231,7 @@ def sum_over_processes(tree: Any) -> Any:
     return jax.tree.map(add, tree)
 
 
-def write_result(result: Result, config: ConfigDict, workdir: str) -> str:
+def write_result(result: Result, workdir: str) -> str:
     """Writes metrics.json, confusion.npy and panels.png; returns the folder they are in."""
     scores = result.scores
     folder = f'{workdir}/eval/{scores["step"]}-{scores["protocol"]}'
@@ -244,9 +242,8 @@ def write_result(result: Result, config: ConfigDict, workdir: str) -> str:
                 file.write(json.dumps(scores, indent=2) + '\n')
         with tf.io.gfile.GFile(f'{folder}/confusion.npy', 'wb') as file:
             np.save(file, result.confusion)
-        if result.panels:
-            picture = report.draw_panels(result.panels, label_space(config.data.classes))
-            report.write_png(f'{folder}/panels.png', picture)
+        if result.picture is not None:
+            report.write_png(f'{folder}/panels.png', result.picture)
     return folder
 
 
@@ -275,6 +272,6 @@ def evaluate_checkpoint(
     variables = checkpoint.restore(path, step, target)
     report.say(f'evaluating {path / str(step)} on {source.length} images of {config.eval.split!r}')
     result = make_evaluator(config, model, source)(variables, step)
-    folder = write_result(result, config, workdir)
+    folder = write_result(result, workdir)
     report.say(report.class_table(result.scores))
     report.say(f'{report.headline(result.scores)}\nwritten to {folder}')

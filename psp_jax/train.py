@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from psp_jax import checkpoint, evaluate, optimizer, report
 from psp_jax.config import from_json, resume_differences, to_json
-from psp_jax.data.labels import label_space
 from psp_jax.data.pipeline import example_index, train_batches
 from psp_jax.data.sources import Source, check_source, make_source
 from psp_jax.errors import UserError
@@ -205,7 +204,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
             if evaluated:
                 variables = {'params': state.params, 'batch_stats': state.batch_stats}
                 result = evaluate_fn(variables, step)
-                report_evaluation(result, config, workdir, writer)
+                report_evaluation(result, workdir, writer)
             meta = {
                 'config': to_json(config),
                 'examples': source.length,
@@ -244,19 +243,16 @@ def not_finite(step: int, loss: float, source: Source, config: ConfigDict) -> st
     )
 
 
-def report_evaluation(
-    result: evaluate.Result, config: ConfigDict, workdir: str, writer: report.Writer
-) -> None:
+def report_evaluation(result: evaluate.Result, workdir: str, writer: report.Writer) -> None:
     """Files, the table and TensorBoard for one evaluation during training."""
     scores = result.scores
-    evaluate.write_result(result, config, workdir)
+    evaluate.write_result(result, workdir)
     report.say(report.class_table(scores))
     report.say(f'step {scores["step"]}  {report.headline(scores)}')
     names = ('mIoU', 'mIoU_all', 'mAcc', 'allAcc', 'loss')
     writer.scalars(scores['step'], {f'{scores["split"]}/{name}': scores[name] for name in names})
-    if result.panels:
-        panels = report.draw_panels(result.panels, label_space(config.data.classes))
-        writer.image(scores['step'], 'panels', panels)
+    if result.picture is not None:
+        writer.image(scores['step'], 'panels', result.picture)
 
 
 def versions() -> dict[str, str]:

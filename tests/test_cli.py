@@ -203,30 +203,13 @@ def test_the_evaluated_checkpoint_is_the_latest_the_best_a_step_or_a_path(
 def test_a_checkpoint_of_another_architecture_is_refused_with_what_differs(
     trained, small_config, capsys
 ):
-    error = error_of(
-        capsys,
-        '--mode',
-        'eval',
-        '--config',
-        small_config,
-        '--workdir',
-        trained.workdir,
-        '--config.model.head_width=24',
-    )
+    words = '--mode', 'eval', '--config', small_config, '--workdir', trained.workdir
+    error = error_of(capsys, *words, '--config.model.head_width=24')
     assert f'{trained.workdir}/checkpoints/10 is of another architecture' in error
     assert re.search(
         r'params/head/\S*kernel float32\[3, 3, \d+, 16\] / float32\[3, 3, \d+, 24\]', error
     )
-    error = error_of(
-        capsys,
-        '--mode',
-        'eval',
-        '--config',
-        small_config,
-        '--workdir',
-        trained.workdir,
-        '--config.loss.aux_weight=0',
-    )
+    error = error_of(capsys, *words, '--config.loss.aux_weight=0')
     assert re.search(r'params/aux_head/\S+ float32\[.*\] / missing', error)
 
 

@@ -448,6 +448,7 @@ def test_a_run_resumes_only_where_the_mathematics_is_the_same(key):
         'eval_every',
         'checkpoint_every',
         'checkpoint_keep',
+        'optimizer.recipe_batch_size',
         'eval.protocol',
         'eval.split',
         'eval.base_size',

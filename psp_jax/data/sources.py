@@ -135,9 +135,10 @@ def _read_list(path: str, root: str) -> list[tuple[str, str]]:
     # Lists of PASCAL VOC begin paths with a slash and mean the data set's folder by it. One path
     # decides for the whole list, which may be long and on a slow file system.
     slashed = next((field for pair in pairs for field in pair if field.startswith('/')), '')
-    in_root = _exists(root.rstrip('/') + slashed) or not _exists(os.path.dirname(slashed))
-    if slashed and root and in_root:
-        pairs = [[field.lstrip('/') for field in pair] for pair in pairs]
+    if slashed and root:
+        below_root = _exists(root.rstrip('/') + slashed)
+        if below_root or not _exists(os.path.dirname(slashed)):
+            pairs = [[field.lstrip('/') for field in pair] for pair in pairs]
     return [(_join(root, image), _join(root, label)) for image, label in pairs]
 
 
