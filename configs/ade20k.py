@@ -15,7 +15,8 @@ Arguments:
 
 Expect:   published validation mIoU / pixel accuracy, by sliding windows at a single scale:
           PSPNet-50 41.68 / 80.04 (paper, Table 3) and 41.89 / 80.39 (semseg's README),
-          PSPNet-101 41.96 / 80.64 and 43.10 / 81.07. Each started from ImageNet weights.
+          PSPNet-101 41.96 / 80.64 and 43.10 / 81.07. Each started from ImageNet weights,
+          as this does: timm's resnet50s, 101s or 152s, fetched from the Hugging Face Hub.
           Images are seen here in one piece, 513 pixels long, which scores a little differently.
 
 Data:     ADEChallengeData2016 as it is downloaded, in `data/ade20k` (or --config.data.root=DIR):
@@ -25,7 +26,7 @@ Data:     ADEChallengeData2016 as it is downloaded, in `data/ade20k` (or --confi
 
 from ml_collections import ConfigDict
 
-from psp_jax.config import default_config, parse_arg, set_depth
+from psp_jax.config import default_config, imagenet_weights, parse_arg, set_depth
 from psp_jax.legal import choose
 
 
@@ -57,6 +58,7 @@ def get_config(arg: str = '') -> ConfigDict:
         config.data.mirror = 0.0
 
     set_depth(config, args.depth)
+    config.init_from = imagenet_weights(args.depth)  # '' for 18, 34 and 269: none are public
     config.model.bins = args.bins
     config.model.pool = args.pool
     config.model.reduce = args.reduce

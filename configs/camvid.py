@@ -43,6 +43,7 @@ def get_config(arg: str = '') -> ConfigDict:
     config.data.blur = 0.5
 
     set_depth(config, args.depth)
+    config.init_from = ''  # random weights
     config.optimizer.learning_rate = 0.01
     config.optimizer.recipe_batch_size = 8
     config.eval.base_size = 481  # 480 x 360 as 481 x 361, the nearest 8n + 1

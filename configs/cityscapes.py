@@ -9,7 +9,8 @@ Arguments:
 
 Expect:   published validation mIoU / pixel accuracy (semseg's README), by sliding windows at a
           single scale: PSPNet-50 77.30 / 95.97, PSPNet-101 78.63 / 96.14. The paper reports the
-          test set: 78.4 mIoU with PSPNet-101 at several scales. Each started from ImageNet weights.
+          test set: 78.4 mIoU with PSPNet-101 at several scales. Each started from ImageNet weights,
+          as this does: timm's resnet50s, 101s or 152s, fetched from the Hugging Face Hub.
           Images are seen here in one piece of 2049 x 1025, which scores a little differently.
 
 Data:     leftImg8bit and gtFine in `data/cityscapes` (or --config.data.root=DIR), the latter with
@@ -25,7 +26,7 @@ _leftImg8bit.png gtFine/$split/&_gtFine_labelTrainIds.png|" > fine_$split.txt; d
 
 from ml_collections import ConfigDict
 
-from psp_jax.config import default_config, parse_arg, set_depth
+from psp_jax.config import default_config, imagenet_weights, parse_arg, set_depth
 from psp_jax.legal import choose
 
 
@@ -45,6 +46,7 @@ def get_config(arg: str = '') -> ConfigDict:
         config.data.blur = 0.0
 
     set_depth(config, args.depth)
+    config.init_from = imagenet_weights(args.depth)  # '' for 18, 34 and 269: none are public
     config.eval.base_size = 2048  # pixels, the long side; it becomes the nearest 8n + 1
     config.eval.batch_size = 2  # images of 2 megapixels
     return config

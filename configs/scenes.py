@@ -42,6 +42,7 @@ def get_config(arg: str = '') -> ConfigDict:
     config.data.blur = 0.0
 
     set_depth(config, args.depth)
+    config.init_from = ''  # random weights
     config.model.bins = args.bins
     config.optimizer.learning_rate = 0.02
     config.optimizer.recipe_batch_size = 4

@@ -8,7 +8,8 @@ Arguments:
 
 Expect:   published validation mIoU / pixel accuracy (semseg's README), by sliding windows at a
           single scale: PSPNet-50 77.05 / 94.89, PSPNet-101 79.07 / 95.34. The paper reports the
-          test set: 82.6 mIoU with PSPNet-101 at several scales. Each started from ImageNet weights.
+          test set: 82.6 mIoU with PSPNet-101 at several scales. Each started from ImageNet weights,
+          as this does: timm's resnet50s, 101s or 152s, fetched from the Hugging Face Hub.
           Images are seen here in one piece, 513 pixels long, which scores a little differently.
 
 Data:     VOCdevkit/VOC2012 in `data/voc2012` (or --config.data.root=DIR), and within it the labels
@@ -24,7 +25,7 @@ Data:     VOCdevkit/VOC2012 in `data/voc2012` (or --config.data.root=DIR), and w
 
 from ml_collections import ConfigDict
 
-from psp_jax.config import default_config, parse_arg, set_depth
+from psp_jax.config import default_config, imagenet_weights, parse_arg, set_depth
 from psp_jax.legal import choose
 
 
@@ -41,6 +42,7 @@ def get_config(arg: str = '') -> ConfigDict:
     config.data.crop = 473
 
     set_depth(config, args.depth)
+    config.init_from = imagenet_weights(args.depth)  # '' for 18, 34 and 269: none are public
     config.eval.base_size = 512  # pixels, the long side; it becomes the nearest 8n + 1
     config.eval.multiple = 64  # the images have hundreds of sizes, each one to compile
     return config

@@ -7,9 +7,11 @@ it. Saving is asynchronous and atomic: a checkpoint that was cut off does not co
 
 import errno
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -67,6 +69,18 @@ def save(
     manager.save(step, args=items, metrics=metrics)
 
 
+def save_variables(workdir: str, variables: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Writes parameters and statistics that no training made as the checkpoint of step 0."""
+    with open_manager(workdir, 1) as manager:
+        save(manager, 0, variables, meta, None)
+
+
+def find_in(source: str) -> tuple[epath.Path, int]:
+    """The (directory, step) of a working directory's newest checkpoint, or of a checkpoint."""
+    last = os.path.basename(source.rstrip('/'))
+    return find('', source) if last.isdigit() else find(source, 'latest')
+
+
 def find(workdir: str, which: str) -> tuple[epath.Path, int]:
     """The (directory, step) of a checkpoint: 'latest', 'best', a step, or a checkpoint's path."""
     path = directory(workdir)
@@ -112,6 +126,19 @@ def read_meta(path: epath.Path, step: int) -> dict[str, Any]:
             raise cannot_be_read(path / str(step), error) from error
 
 
+def shapes(path: epath.Path, step: int, parts: Iterable[str]) -> dict[str, Any]:
+    """What was saved under the names that begin with one of `parts`: each with shape and dtype."""
+    with reader(path) as manager:
+        try:
+            found = manager.item_metadata(step)['state']
+            if found is None:
+                raise FileNotFoundError('its list of arrays is missing')
+            saved = flatten_dict(getattr(found, 'tree', found), sep='/')
+        except _UNREADABLE as error:
+            raise cannot_be_read(path / str(step), error) from error
+    return {name: leaf for name, leaf in saved.items() if name.split('/')[0] in parts}
+
+
 def restore(path: epath.Path, step: int, target: Any) -> Any:
     """The saved values in the shape of `target`, a tree of arrays or ShapeDtypeStructs.
 
@@ -121,42 +148,47 @@ def restore(path: epath.Path, step: int, target: Any) -> Any:
     shardings of `target`, on any number of devices.
     """
     wanted = named_leaves(target)
-    with reader(path) as manager:
-        try:
-            found = manager.item_metadata(step)['state']
-            if found is None:
-                raise FileNotFoundError('its list of arrays is missing')
-            saved = flatten_dict(getattr(found, 'tree', found), sep='/')
-        except _UNREADABLE as error:
-            raise cannot_be_read(path / str(step), error) from error
-        parts = {name.split('/')[0] for name in wanted}
-        saved = {name: leaf for name, leaf in saved.items() if name.split('/')[0] in parts}
-        differences = compare(saved, wanted)
-        if differences:
-            shown = '; '.join(differences[:6])
-            more = f'; and {len(differences) - 6} more' if len(differences) > 6 else ''
-            raise UserError(
-                f'{path / str(step)} is of another architecture than the configuration '
-                f'(checkpoint / configuration): {shown}{more}'
-            )
-        arguments = ocp.args.PyTreeRestore(
-            item=unflatten_dict(wanted, sep='/'),
-            restore_args=unflatten_dict(
-                {
-                    name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype)
-                    for name, leaf in wanted.items()
-                },
-                sep='/',
-            ),
-            partial_restore=True,
+    saved = shapes(path, step, {name.split('/')[0] for name in wanted})
+    differences = compare(saved, wanted)
+    if differences:
+        shown = '; '.join(differences[:6])
+        more = f'; and {len(differences) - 6} more' if len(differences) > 6 else ''
+        raise UserError(
+            f'{path / str(step)} is of another architecture than the configuration '
+            f'(checkpoint / configuration): {shown}{more}'
         )
+    values = _read(
+        path,
+        step,
+        {
+            name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype)
+            for name, leaf in wanted.items()
+        },
+    )
+    return jax.tree.unflatten(jax.tree.structure(target), [values[name] for name in wanted])
+
+
+def read_arrays(path: epath.Path, step: int, wanted: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of these names on the host, in the dtypes of `wanted`."""
+    return _read(
+        path,
+        step,
+        {
+            name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+            for name, leaf in wanted.items()
+        },
+    )
+
+
+def _read(path: epath.Path, step: int, arguments: dict[str, ocp.RestoreArgs]) -> dict[str, Any]:
+    tree = unflatten_dict(arguments, sep='/')
+    restoring = ocp.args.PyTreeRestore(item=tree, restore_args=tree, partial_restore=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
-            tree = checkpointer.restore(path / str(step) / 'state', args=arguments)
+            found = checkpointer.restore(path / str(step) / 'state', args=restoring)
         except _UNREADABLE as error:
             raise cannot_be_read(path / str(step), error) from error
-    values = flatten_dict(tree, sep='/')
-    return jax.tree.unflatten(jax.tree.structure(target), [values[name] for name in wanted])
+    return flatten_dict(found, sep='/')
 
 
 def cannot_be_read(path: epath.Path, error: Exception) -> UserError:

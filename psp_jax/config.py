@@ -48,6 +48,10 @@ def default_config() -> ConfigDict:
         checkpoint_every=1_000,  # steps between checkpoints; evaluated steps have one too
         checkpoint_keep=2,  # newest checkpoints kept, the best one by mIoU besides
         log_every=50,  # steps between log lines
+        # Weights to start from: a file (.pth, .safetensors), hf://OWNER/NAME[/FILE], the workdir or
+        # checkpoint of another run; two files with a comma; '' = random.
+        init_from='',
+        init_skip='',  # parameters that start fresh all the same: patterns, comma-separated
         dtype='float32',  # of activations: float32 | bfloat16 | float64 (for exact comparisons)
     )
     config.mesh = _group(
@@ -76,7 +80,8 @@ def default_config() -> ConfigDict:
         depth=50,  # ResNet: 18 | 34 | 50 | 101 | 152 | 269
         stem='deep',  # deep (3x3: 64, 64, 128) | deep_small (3x3: 32, 32, 64) | conv7 (7x7: 64)
         # full: every block of stage 3 dilates 2 and of stage 4 dilates 4 (semseg);
-        # contract: the first block of each half as much (mmsegmentation, torchvision).
+        # contract: the first block of each half as much (mmsegmentation, torchvision);
+        # contract_first: besides, only the first 3x3 of a basic block (mmsegmentation's ResNet-18).
         dilation='full',
         bins=(1, 2, 3, 6),  # grids of the pyramid; () = the plain dilated FCN, no pyramid
         pool='average',  # average | max, within a bin
@@ -259,6 +264,11 @@ def set_depth(config: ConfigDict, depth: int) -> None:
         config.model.stem = 'deep_small'
         config.model.head_width = 128
         config.model.aux_width = 64
+
+
+def imagenet_weights(depth: int) -> str:
+    """Public ImageNet weights of the authors' deep-stem ResNet (timm's copy of GluonCV's)."""
+    return f'hf://timm/resnet{depth}s.gluon_in1k' if depth in (50, 101, 152) else ''
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -45,7 +45,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     'data.source': ('list', 'dirs', 'scenes'),
     'model.depth': (18, 34, 50, 101, 152, 269),
     'model.stem': ('deep', 'deep_small', 'conv7'),
-    'model.dilation': ('full', 'contract'),
+    'model.dilation': ('full', 'contract', 'contract_first'),
     'model.pool': ('average', 'max'),
     'eval.protocol': ('whole',),
     'eval.split': ('train', 'val', 'test'),

@@ -8,18 +8,19 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from psp_jax.errors import UserError
 
-FLAGS = ('--config', '--workdir', '--mode', '--checkpoint', '--help')
+FLAGS = ('--config', '--workdir', '--mode', '--checkpoint', '--output', '--help')
 EPILOG = """\
 modes:
   train  train, evaluate and checkpoint as the config says; where DIR holds a checkpoint, the run
          continues from it
   eval   score a checkpoint and write DIR/eval/metrics.json; without --config, the checkpoint's own
          configuration is used
+  export write a checkpoint's weights to --output FILE.safetensors, under semseg's names
 
 keys: psp_jax/config.py lists them all with their defaults. A value has the type of the default:
   --config.total_steps=1000  --config.data.root=/data/ade  --config.model.reduce=false
@@ -54,7 +55,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage='%(prog)s --config configs/NAME.py[:arg=value,...] [--workdir DIR] [--mode MODE] '
         '[--config.key=value ...]',
-        description='Trains and evaluates PSPNet.',
+        description='Trains, evaluates and exports PSPNet.',
     )
     parser.add_argument(
         '--config',
@@ -67,13 +68,17 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help='where checkpoints and results go (default: runs/NAME of the config)',
     )
     parser.add_argument(
-        '--mode', choices=('train', 'eval'), default='train', help='train (default) or eval'
+        '--mode',
+        choices=('train', 'eval', 'export'),
+        default='train',
+        help='train (default), eval or export',
     )
     parser.add_argument(
         '--checkpoint',
         metavar='WHICH',
-        help='for eval: latest (default), best, a step number or a path',
+        help='for eval and export: latest (default), best, a step number or a path',
     )
+    parser.add_argument('--output', metavar='FILE', help='for export: the file to be written')
     flags, unknown = parser.parse_known_args(words)
     if unknown and unknown[0].startswith('-'):
         from psp_jax.config import nearest
@@ -85,9 +90,13 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if flags.mode == 'train' and flags.config is None:
         parser.error('--mode train needs --config, such as --config configs/scenes.py')
     if flags.mode == 'train' and flags.checkpoint is not None:
-        parser.error('--checkpoint is for --mode eval; training continues from --workdir')
+        parser.error(
+            '--checkpoint is for --mode eval and export; training continues from --workdir'
+        )
     if flags.workdir is None and flags.config is None:
-        parser.error('--mode eval needs --config or --workdir')
+        parser.error(f'--mode {flags.mode} needs --config or --workdir')
+    if (flags.mode == 'export') != (flags.output is not None):
+        parser.error('--mode export and --output FILE.safetensors go together')
     return flags, overrides
 
 
@@ -122,6 +131,10 @@ def run(argv: Sequence[str]) -> None:
         from psp_jax import train
 
         train.train_and_evaluate(config, workdir, name)
+    elif flags.mode == 'export':
+        from psp_jax import export
+
+        export.export_weights(workdir, flags.checkpoint or 'latest', flags.output)
     else:
         from psp_jax import evaluate
 
@@ -147,8 +160,8 @@ def disk_is_full(error: BaseException) -> bool:
     return getattr(error, 'errno', None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code."""
+def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns its exit code, with the user's errors as a line on stderr."""
     try:
         run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -168,6 +181,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    return exit_code(run, argv)
 
 
 if __name__ == '__main__':

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from psp_jax import checkpoint, evaluate, optimizer, report
+from psp_jax import checkpoint, evaluate, import_weights, optimizer, report
+from psp_jax.checkpoint import named_leaves
 from psp_jax.config import from_json, resume_differences, to_json
 from psp_jax.data.pipeline import example_index, train_batches
 from psp_jax.data.sources import Source, check_source, make_source
@@ -132,6 +133,17 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
         check_resume(checkpoint.read_meta(path, first), config, source, path / str(first))
         state = checkpoint.restore(path, first, on_devices(jax.eval_shape(make_state), mesh))
         report.say(f'continuing from step {first} of {path / str(first)}')
+    elif manager.latest_step() == 0:
+        raise UserError(
+            f'--workdir={workdir} holds imported weights: to start from them, set '
+            f'--config.init_from={workdir} and another --workdir'
+        )
+    elif config.init_from:
+        shapes = jax.eval_shape(make_state)
+        wanted = named_leaves({'params': shapes.params, 'batch_stats': shapes.batch_stats})
+        weights = import_weights.load(config.init_from, config, wanted)
+        state = import_weights.replace(make_state(), weights.arrays)
+        report.say('init_from: ' + '; '.join(weights.report))
     else:
         state = make_state()
     if first == config.total_steps:

@@ -28,6 +28,7 @@ STEMS = {  # kernel size and width of each convolution; the first has stride 2
 DILATIONS = {  # of the first and of the other blocks of layer3, then of layer4
     'full': ((2, 2), (4, 4)),
     'contract': ((1, 2), (2, 4)),
+    'contract_first': ((1, 2), (2, 4)),  # and within basic blocks only the first 3x3 dilates
 }
 
 
@@ -39,13 +40,14 @@ def is_basic(depth: int) -> bool:
 class Block(nn.Module):
     """A residual block: basic (3x3, 3x3) or bottleneck (1x1, 3x3, 1x1 to 4 times the width).
 
-    The stride is on the first 3x3, the bottleneck's only one; every 3x3 dilates.
+    The stride is on the first 3x3, the bottleneck's only one. Every 3x3 dilates, or only the first.
     """
 
     width: int
     basic: bool
     stride: int = 1
     dilation: int = 1
+    dilate_all: bool = True
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -55,7 +57,8 @@ class Block(nn.Module):
         norm = partial(BatchNorm, dtype=self.dtype, param_dtype=self.param_dtype)
         # (features, kernel size, stride, dilation) of each convolution
         if self.basic:
-            plan = [(self.width, 3, self.stride, self.dilation), (self.width, 3, 1, self.dilation)]
+            second = self.dilation if self.dilate_all else 1
+            plan = [(self.width, 3, self.stride, self.dilation), (self.width, 3, 1, second)]
         else:
             plan = [
                 (self.width, 1, 1, 1),
@@ -104,6 +107,7 @@ class ResNet(nn.Module):
                     basic=is_basic(self.depth),
                     stride=2 if layer == 2 and block == 0 else 1,
                     dilation=first if block == 0 else rest,
+                    dilate_all=self.dilation != 'contract_first',
                     name=f'layer{layer}_block{block}',
                     **kinds,
                 )(x, train)

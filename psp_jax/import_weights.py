@@ -1,0 +1,369 @@
+"""Weights of other code bases -> this network, and a checkpoint of them.
+
+    python -m psp_jax.import_weights SOURCE [SOURCE2] --config configs/X.py --output DIR
+
+A source is a `.pth`, `.pt` or `.safetensors` file, `hf://OWNER/NAME[/FILE]`, or a checkpoint of
+psp_jax: a working directory (its newest checkpoint) or a checkpoint's own path. The names in it say
+which format it is (weight_formats.py). Every array of it is used or on the format's list of what to
+drop, and every parameter of the network is filled, or the import fails and says what is wrong.
+"""
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from psp_jax.config import flatten, load_config, to_json
+from psp_jax.errors import UserError
+from psp_jax.legal import as_text
+from psp_jax.main import Parser, exit_code, quieten_libraries, split_overrides
+from psp_jax.weight_formats import COUNTERS, FORMATS, LEAVES, OURS, Format
+
+Arrays = dict[str, np.ndarray]
+HEADS = ('pyramid', 'head', 'aux_head')  # what a backbone's weights leave fresh
+
+
+class Weights(NamedTuple):
+    """What a source holds for a network: arrays by our names ('params/head/conv/kernel')."""
+
+    arrays: Arrays
+    report: list[str]  # lines for people: what was loaded from where, and what was not
+
+
+def load(source: str, config: ConfigDict, wanted: dict[str, Any]) -> Weights:
+    """The weights in `source` (two with a comma) for the arrays `wanted` (by name: shape, dtype).
+
+    What `config.init_skip` matches, and heads that the source has none of, are left out. Raises
+    UserError where the source cannot be read, or does not fit.
+    """
+    parts = [part.strip() for part in source.split(',') if part.strip()]
+    skipped = {name for name in wanted if _matches(config.init_skip, name)}
+    _check_skip(config.init_skip, wanted)
+    if len(parts) == 1 and is_checkpoint(parts[0]):
+        return _from_checkpoint(parts[0], wanted, skipped)
+    tensors: Arrays = {}
+    for part in parts:
+        read = read_file(part)
+        both = sorted(tensors.keys() & read.keys())
+        if both:
+            raise UserError(f'{part}: holds {both[0]} like the file before it; give one of them')
+        tensors |= read
+    return _from_tensors(source, tensors, config, wanted, skipped)
+
+
+# ---- Reading
+
+
+def is_checkpoint(source: str) -> bool:
+    """Whether it is a folder: ours to read, with orbax."""
+    if source.startswith('hf://'):
+        return False
+    if '://' in source:
+        return not source.endswith(('.pth', '.pt', '.safetensors'))
+    return os.path.isdir(source)
+
+
+def read_file(source: str) -> Arrays:
+    """All arrays of a file by their names there. Raises UserError."""
+    path = _download(source) if source.startswith('hf://') else source
+    if '://' in path:
+        raise UserError(f'{path}: weights in buckets are not read; copy the file here first')
+    if not os.path.exists(path):
+        raise UserError(f'{path}: there is no such file of weights, or folder of a checkpoint')
+    if path.endswith('.safetensors'):
+        import safetensors.numpy
+
+        try:
+            return dict(safetensors.numpy.load_file(path))
+        except Exception as error:  # of Rust, without a base class of its own
+            raise UserError(
+                f'{path}: cannot be read as safetensors ({error}); it may be cut off: get it again'
+            ) from error
+    if path.endswith(('.pth', '.pt', '.bin')):
+        from psp_jax import torch_file
+
+        return torch_file.read(path)
+    raise UserError(f'{path}: weights are read from .pth, .pt, .bin and .safetensors files')
+
+
+def _download(source: str) -> str:
+    """hf://OWNER/NAME[/FILE] -> the local copy, which is fetched once."""
+    owner, name, file = (source.removeprefix('hf://').split('/', 2) + ['', ''])[:3]
+    if not (owner and name):
+        raise UserError(f'{source}: expected hf://OWNER/NAME or hf://OWNER/NAME/FILE')
+    import huggingface_hub
+
+    file = file or 'model.safetensors'
+    try:
+        return huggingface_hub.hf_hub_download(f'{owner}/{name}', file)
+    except Exception as error:  # of the hub, of HTTP, of the network, of the disk
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f'{source}: {file} cannot be downloaded ({type(error).__name__}: {reason[0]}). Fetch '
+            'it where there is a network and give its path (--config.init_from=FILE), or start '
+            "from random weights (--config.init_from='')"
+        ) from error
+
+
+# ---- Names and shapes
+
+
+def semseg_name(ours: str) -> str:
+    """'params/head/conv/kernel' -> 'cls.0.weight'."""
+    _, _, path = ours.partition('/')
+    module, _, leaf = path.rpartition('/')
+    for pattern, name in OURS:
+        match = re.fullmatch(pattern, module)
+        if match:
+            return f'{match.expand(name)}.{LEAVES[leaf]}'
+    raise KeyError(ours)
+
+
+def to_torch(array: np.ndarray) -> np.ndarray:
+    """A kernel [H, W, in, out] as PyTorch's [out, in, H, W]; others as they are."""
+    return np.ascontiguousarray(array.transpose(3, 2, 0, 1)) if array.ndim == 4 else array
+
+
+def to_ours(array: np.ndarray) -> np.ndarray:
+    """PyTorch's kernel [out, in, H, W] as [H, W, in, out]; others as they are."""
+    return np.ascontiguousarray(array.transpose(2, 3, 1, 0)) if array.ndim == 4 else array
+
+
+def recognise(names: Sequence[str]) -> Format | None:
+    """The first format all of whose marks are among the names."""
+    for format in FORMATS:
+        if all(any(re.match(mark, name) for name in names) for mark in format.marks):
+            return format
+    return None
+
+
+def architecture(tensors: Arrays, format: Format) -> dict[str, Any]:
+    """The keys of the configuration on which weights depend, as far as semseg-named ones tell."""
+    from psp_jax.model.resnet import BLOCKS, STEMS, is_basic
+
+    def width(name: str) -> int:
+        return tensors[name].shape[0]
+
+    found: dict[str, Any] = {}
+    blocks = [
+        len({n.split('.')[1] for n in tensors if n.startswith(f'layer{i}.')}) for i in (1, 2, 3, 4)
+    ]
+    basic = 'layer1.0.conv3.weight' not in tensors
+    for depth, counts in BLOCKS.items():
+        if list(counts) == blocks and is_basic(depth) == basic:
+            found['model.depth'] = depth
+    convs = [f'layer0.{i}.weight' for i in (0, 3, 6) if f'layer0.{i}.weight' in tensors]
+    stem = tuple((tensors[name].shape[-1], width(name)) for name in convs)
+    for name, layers in STEMS.items():
+        if layers == stem:
+            found['model.stem'] = name
+    if format.complete:
+        found |= format.needs
+        if 'cls.0.weight' in tensors:
+            found['model.head_width'] = width('cls.0.weight')
+        if 'aux.0.weight' in tensors:
+            found['model.aux_width'] = width('aux.0.weight')
+    if not basic and found.get('model.dilation') == 'contract_first':
+        found['model.dilation'] = 'contract'  # the same network
+    return found
+
+
+def _matches(patterns: str, name: str) -> bool:
+    name = name.partition('/')[2]  # without params/ or batch_stats/
+    return any(re.search(p.strip(), name) for p in patterns.split(',') if p.strip())
+
+
+def _check_skip(patterns: str, wanted: dict[str, Any]) -> None:
+    for pattern in filter(None, (p.strip() for p in patterns.split(','))):
+        if not any(_matches(pattern, name) for name in wanted):
+            raise UserError(f"init_skip: {pattern!r} matches no parameter's name")
+
+
+def _shown(texts: Sequence[str], most: int = 4) -> str:
+    more = f' and {len(texts) - most} more' if len(texts) > most else ''
+    return ', '.join(texts[:most]) + more
+
+
+# ---- Fitting
+
+
+def _from_tensors(
+    source: str, tensors: Arrays, config: ConfigDict, wanted: dict[str, Any], skipped: set[str]
+) -> Weights:
+    origin = {name.removeprefix('module.'): name for name in tensors}
+    format = recognise(list(origin))
+    if format is None:
+        raise UserError(
+            f'{source}: its names ({_shown(sorted(origin), 3)}) are of no known format; there are: '
+            + ', '.join(f.name for f in FORMATS)
+        )
+
+    # ---- Rename
+    dropped, renamed = [], {}
+    for name, key in origin.items():
+        if any(re.match(pattern, name) for pattern in (COUNTERS, *format.drop)):
+            dropped.append(name)
+            continue
+        for pattern, replacement in format.rename:
+            name, changed = re.subn(f'^{pattern}', replacement, name)
+            if changed:
+                break
+        renamed[name] = tensors[key]
+    names = {semseg_name(name): name for name in wanted}
+
+    # ---- What is not loaded on purpose
+    absent = set(HEADS) if not format.complete else set()
+    if not any(name.startswith('aux.') for name in renamed):
+        absent.add('aux_head')
+    fresh = skipped | {name for name in wanted if name.split('/')[1] in absent}
+    if config.loss.aux_weight == 0:  # the file's auxiliary head is of no use
+        unused = [name for name in renamed if name.startswith('aux.')]
+        dropped += unused
+        for name in unused:
+            del renamed[name]
+
+    # ---- Is it this network?
+    flat = flatten(config)
+    differing = {
+        key: value
+        for key, value in architecture(renamed, format).items()
+        if flat[key] != value
+        and not (key == 'model.dilation' and f'{value}_first' == flat[key])
+        and not (key == 'model.aux_width' and absent & {'aux_head'})
+    }
+    if differing:
+        flags = ' '.join(f'--config.{key}={as_text(value)}' for key, value in differing.items())
+        raise UserError(f'{source} ({format.name}) is of another network: set {flags}')
+    given = {names[name]: to_ours(array) for name, array in renamed.items() if name in names}
+    left = sorted(renamed.keys() - names.keys())
+    needed = {name: leaf for name, leaf in wanted.items() if name not in fresh}
+    _check_fit(f'{source} ({format.name})', given, needed, left)
+    arrays = {name: given[name].astype(leaf.dtype) for name, leaf in needed.items()}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise UserError(f'{source}: {name} holds values that are not finite')
+    line = f'{len(arrays)} arrays from {source} ({format.name}), {len(dropped)} dropped by rule'
+    return Weights(arrays, [line, *_fresh_lines(wanted, fresh)])
+
+
+def _from_checkpoint(source: str, wanted: dict[str, Any], skipped: set[str]) -> Weights:
+    from psp_jax import checkpoint
+
+    path, step = checkpoint.find_in(source)
+    given = checkpoint.shapes(path, step, ('params', 'batch_stats'))
+    fresh = set(skipped)
+    if not any('/aux_head/' in name for name in given):
+        fresh |= {name for name in wanted if '/aux_head/' in name}
+    left = sorted(name for name in given if name not in wanted and '/aux_head/' not in name)
+    needed = {name: leaf for name, leaf in wanted.items() if name not in fresh}
+    _check_fit(f'{path / str(step)}', given, needed, left)
+    arrays = checkpoint.read_arrays(path, step, needed)
+    line = f'{len(arrays)} arrays from {path / str(step)}'
+    return Weights(arrays, [line, *_fresh_lines(wanted, fresh)])
+
+
+def _check_fit(source: str, given: dict[str, Any], needed: dict[str, Any], left: list[str]) -> None:
+    """One error for all that is missing, left over or of another shape, if anything is."""
+    missing = sorted(needed.keys() - given.keys())
+    reshaped = [
+        f'{name} {list(given[name].shape)}, not {list(leaf.shape)}'
+        for name, leaf in needed.items()
+        if name in given and tuple(given[name].shape) != tuple(leaf.shape)
+    ]
+    kinds = {'missing': missing, 'left over': left, 'of another shape': reshaped}
+    texts = [f'{kind}: {_shown(names)}' for kind, names in kinds.items() if names]
+    if not texts:
+        return
+    hint = ''
+    if not (missing or left) and all('/classifier/' in text for text in reshaped):
+        classes = given['params/head/classifier/bias'].shape[0]
+        hint = (
+            f'. It is for {classes} classes: to go on from it with others, leave the last layers '
+            'fresh by --config.init_skip=classifier'
+        )
+    raise UserError(f'{source} does not fit the configuration: {"; ".join(texts)}{hint}')
+
+
+def _fresh_lines(wanted: dict[str, Any], fresh: set[str]) -> list[str]:
+    """Which modules keep their fresh values: whole parts by their name, others one by one."""
+    if not fresh:
+        return []
+    modules = {name.partition('/')[2].rpartition('/')[0] for name in fresh}
+    loaded = {name.split('/')[1] for name in wanted.keys() - fresh}
+    shown = sorted({m if m.split('/')[0] in loaded else m.split('/')[0] for m in modules})
+    return [f'fresh: {", ".join(shown)}']
+
+
+# ---- The command line
+
+
+def run(argv: Sequence[str]) -> None:
+    """Does what the flags say; raises UserError for what is the user's to mend."""
+    overrides, words = split_overrides(argv)
+    parser = Parser(
+        prog='python -m psp_jax.import_weights',
+        allow_abbrev=False,
+        description='Writes weights of semseg, mmsegmentation, CSAIL, torchvision or timm as a '
+        'checkpoint that --mode eval takes, and training by --config.init_from=DIR.',
+    )
+    parser.add_argument(
+        'sources',
+        nargs='+',
+        metavar='SOURCE',
+        help='.pth, .pt, .safetensors or hf://OWNER/NAME[/FILE]; two for CSAIL (encoder, decoder)',
+    )
+    parser.add_argument('--config', required=True, metavar='FILE[:ARGS]', help='the network')
+    parser.add_argument('--output', required=True, metavar='DIR', help='a folder to be made')
+    flags = parser.parse_args(words)
+    config = load_config(flags.config, overrides)
+    config.init_from = ','.join(flags.sources)
+    quieten_libraries()
+    from psp_jax import checkpoint
+
+    folder = checkpoint.directory(flags.output)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f'--output={flags.output}: holds checkpoints already; name another folder')
+    variables, report = initial_variables(config)
+    made = not os.path.exists(flags.output)
+    try:
+        checkpoint.save_variables(flags.output, variables, {'config': to_json(config)})
+    except BaseException:
+        shutil.rmtree(flags.output if made else str(folder), ignore_errors=True)
+        raise
+    print('\n'.join([*report, f'written to {folder / "0"}']))
+
+
+def initial_variables(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
+    """`params` and `batch_stats` from `config.init_from`, what it lacks fresh; and the report."""
+    import jax
+
+    from psp_jax.checkpoint import named_leaves
+    from psp_jax.model import pspnet
+    from psp_jax.state import enable_float64, init_variables
+
+    enable_float64(config)
+    model = pspnet.build(config)
+    shapes = jax.eval_shape(lambda: init_variables(model, config.seed))
+    weights = load(config.init_from, config, named_leaves(shapes))
+    variables = jax.jit(lambda: init_variables(model, config.seed))()
+    return replace(variables, weights.arrays), weights.report
+
+
+def replace(variables: Any, arrays: Arrays) -> Any:
+    """`variables` with the named arrays in place of its own, on the same devices."""
+    import jax
+
+    def pick(path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator='/')
+        return jax.device_put(arrays[name], leaf.sharding) if name in arrays else leaf
+
+    return jax.tree_util.tree_map_with_path(pick, variables)
+
+
+if __name__ == '__main__':
+    sys.exit(exit_code(run))

@@ -1,0 +1,107 @@
+"""The same computations as torch_side.py with psp_jax, its results under the same names."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from psp_jax import optimizer
+from psp_jax.checkpoint import named_leaves
+from psp_jax.config import default_config
+from psp_jax.import_weights import semseg_name, to_ours, to_torch
+from psp_jax.model import pspnet
+from psp_jax.model.resnet import ResNet
+from psp_jax.state import TrainState, init_variables
+from psp_jax.train import train_step
+from parity.cases import RECIPE, Network
+
+
+def config_of(network: Network, dtype: str, total_steps: int = 1) -> ConfigDict:
+    config = default_config()
+    config.dtype, config.total_steps = dtype, total_steps
+    config.data.classes = str(network.classes)
+    for key in ('depth', 'stem', 'dilation', 'align_corners', 'pool', 'head_width', 'aux_width'):
+        config.model[key] = getattr(network, key)
+    config.model.dropout = 0.0
+    config.loss.aux_weight = RECIPE['aux_weight']
+    for key in ('learning_rate', 'momentum', 'weight_decay', 'head_multiplier', 'power'):
+        config.optimizer[key] = RECIPE[key]
+    return config
+
+
+def variables_of(config: ConfigDict, weights: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The weights as our tree; each is used, and each place is filled."""
+    shapes = jax.eval_shape(lambda: init_variables(pspnet.build(config), 0))
+    names = {name: semseg_name(name) for name in named_leaves(shapes)}
+    assert sorted(names.values()) == sorted(weights)
+
+    def pick(path: Any, leaf: Any) -> jax.Array:
+        name = names[jax.tree_util.keystr(path, simple=True, separator='/')]
+        value = to_ours(weights[name])
+        assert value.shape == leaf.shape, name
+        return jnp.asarray(value, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(pick, shapes)
+
+
+def forward(
+    network: Network, weights: dict[str, np.ndarray], images: np.ndarray, dtype: str = 'float32'
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [B, h, w, C] of uint8 images in test mode, of both heads."""
+    config = config_of(network, dtype)
+    model = pspnet.build(config)
+    variables = variables_of(config, weights)
+    kinds = {'dtype': model.dtype, 'param_dtype': model.param_dtype}
+
+    @jax.jit
+    def run(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = pspnet.normalise(images, config)
+        logits, _ = model.apply(variables, x, False)
+        # The auxiliary head is absent in test mode; here it is applied by itself.
+        part = {kind: tree['backbone'] for kind, tree in variables.items()}
+        layer3, _ = ResNet(model.depth, model.stem, model.dilation, **kinds).apply(part, x, False)
+        part = {kind: tree['aux_head'] for kind, tree in variables.items()}
+        aux_head = pspnet.Head(model.aux_width, model.classes, 0.0, **kinds)
+        return logits, aux_head.apply(part, layer3, False)
+
+    return tuple(np.asarray(x) for x in run(variables, images))
+
+
+def train(
+    network: Network, weights: dict[str, np.ndarray], batches: list, total_steps: int, dtype: str
+) -> dict[str, np.ndarray]:
+    """Steps of `train_step`: losses [steps, 3], the first step's gradients ('gradient/NAME'), and
+    all parameters and statistics in the end ('end/NAME')."""
+    config = config_of(network, dtype, total_steps)
+    model = pspnet.build(config)
+    variables = variables_of(config, weights)
+    params = variables['params']
+    tx = optimizer.make_optimizer(params, config.optimizer)
+    state = TrainState(jnp.zeros((), jnp.int32), params, variables['batch_stats'], tx.init(params))
+    step_fn = jax.jit(lambda s, b: train_step(s, b, model=model, tx=tx, config=config))
+    result, losses = {}, []
+    for step, (images, labels) in enumerate(batches):
+        state, scalars = step_fn(state, {'image': images, 'label': labels})
+        losses.append([scalars[name].item() for name in ('loss', 'loss_main', 'loss_aux')])
+        if step == 0:
+            # After one step the momentum is the gradient with the decay of what was there before.
+            momentum = {
+                name.split('trace/')[1]: leaf
+                for name, leaf in named_leaves(state.opt_state).items()
+                if 'trace/' in name
+            }
+            for name, before in named_leaves(params).items():
+                gradient = momentum[name] - RECIPE['weight_decay'] * before
+                result[f'gradient/{semseg_name(f"params/{name}")}'] = to_torch(np.asarray(gradient))
+    result['losses'] = np.array(losses)
+    end = named_leaves({'params': state.params, 'batch_stats': state.batch_stats})
+    for name, value in end.items():
+        result[f'end/{semseg_name(name)}'] = to_torch(np.asarray(value))
+    return result
+
+
+def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Largest difference as a share of the largest value."""
+    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30))
