@@ -168,8 +168,6 @@ def architecture(tensors: Arrays, format: Format) -> dict[str, Any]:
             found['model.head_width'] = width('cls.0.weight')
         if 'aux.0.weight' in tensors:
             found['model.aux_width'] = width('aux.0.weight')
-    if not basic and found.get('model.dilation') == 'contract_first':
-        found['model.dilation'] = 'contract'  # the same network
     return found
 
 
@@ -228,14 +226,13 @@ def _from_tensors(
             del renamed[name]
 
     # ---- Is it this network?
-    flat = flatten(config)
-    differing = {
-        key: value
-        for key, value in architecture(renamed, format).items()
-        if flat[key] != value
-        and not (key == 'model.dilation' and f'{value}_first' == flat[key])
-        and not (key == 'model.aux_width' and absent & {'aux_head'})
-    }
+    found, flat = architecture(renamed, format), flatten(config)
+    if 'aux_head' in absent:
+        found.pop('model.aux_width', None)
+    for keys in (found, flat):
+        if keys.get('model.dilation') == 'contract_first' and found.get('model.depth', 50) >= 50:
+            keys['model.dilation'] = 'contract'  # the same for bottlenecks
+    differing = {key: value for key, value in found.items() if flat[key] != value}
     if differing:
         flags = ' '.join(f'--config.{key}={as_text(value)}' for key, value in differing.items())
         raise UserError(f'{source} ({format.name}) is of another network: set {flags}')
@@ -349,9 +346,17 @@ def initial_variables(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
     enable_float64(config)
     model = pspnet.build(config)
     shapes = jax.eval_shape(lambda: init_variables(model, config.seed))
-    weights = load(config.init_from, config, named_leaves(shapes))
-    variables = jax.jit(lambda: init_variables(model, config.seed))()
-    return replace(variables, weights.arrays), weights.report
+    wanted = named_leaves(shapes)
+    weights = load(config.init_from, config, wanted)
+
+    @jax.jit
+    def fresh() -> Arrays:
+        leaves = named_leaves(init_variables(model, config.seed))
+        return {name: leaf for name, leaf in leaves.items() if name not in weights.arrays}
+
+    values = weights.arrays if len(weights.arrays) == len(wanted) else weights.arrays | fresh()
+    tree = jax.tree.unflatten(jax.tree.structure(shapes), [values[name] for name in wanted])
+    return tree, weights.report
 
 
 def replace(variables: Any, arrays: Arrays) -> Any:

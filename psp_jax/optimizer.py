@@ -85,8 +85,9 @@ def learning_rate(step: jax.Array, optimizer: ConfigDict, total_steps: int) -> j
 
     With `warmup_steps` = w, the first w steps take (n + 1) / w of it.
     """
-    poly = optax.polynomial_schedule(
-        optimizer.learning_rate, 0.0, optimizer.power, transition_steps=total_steps
-    )
+    # Not 1 - step / total, which has lost its digits near the end of a long run; in float64 where
+    # that is enabled.
+    left = jnp.asarray(total_steps - step, float) / total_steps
+    poly = optimizer.learning_rate * left**optimizer.power
     warmup = jnp.minimum(1.0, (step + 1) / max(optimizer.warmup_steps, 1))
-    return poly(step) * warmup
+    return poly * warmup

@@ -81,7 +81,7 @@ FORMATS = (
             (r'auxiliary_head\.convs\.0\.bn\.', 'aux.1.'),
             (r'auxiliary_head\.conv_seg\.', 'aux.4.'),
         ),
-        needs={'model.dilation': 'contract', 'model.align_corners': False},
+        needs={'model.dilation': 'contract_first', 'model.align_corners': False},
     ),
     Format(
         name='CSAIL',

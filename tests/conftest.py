@@ -124,3 +124,24 @@ def trained(
     process = python('-m', 'psp_jax.main', '--config', small_config, '--workdir', workdir)
     assert process.returncode == 0, process.stderr
     return Run(workdir, process)
+
+
+_measured: list[str] = []
+
+
+@pytest.fixture
+def measured() -> Callable[[str, float, float], None]:
+    """Asserts that a figure is at most a bar, and lists both at the end of the tests' report."""
+
+    def check(claim: str, value: float, bar: float) -> None:
+        _measured.append(f'{claim}: {value:.2g} (at most {bar:g})')
+        assert value <= bar, f'{claim}: {value:.3g} is above {bar:g}'
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _measured:
+        terminalreporter.section('measured')
+        for line in _measured:
+            terminalreporter.write_line(line)

@@ -53,10 +53,12 @@ def made_up(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 
 def pictures(batch: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Smooth noise uint8 [B, size, size, 3] and blocks of labels uint8 [B, size, size], some 255."""
+    """Blocks with noise uint8 [B, size, size, 3] and labels uint8 [B, size, size], some 255."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (batch, -(-size // 8), -(-size // 8), 3))
-    images = coarse.repeat(8, 1).repeat(8, 2)[:, :size, :size] + rng.normal(0, 20, (1, size, size, 3))
+    images = coarse.repeat(8, 1).repeat(8, 2)[:, :size, :size] + rng.normal(
+        0, 20, (1, size, size, 3)
+    )
     labels = rng.integers(0, CLASSES, (batch, -(-size // 8), -(-size // 8)))
     labels = labels.repeat(8, 1).repeat(8, 2)[:, :size, :size]
     labels[:, : size // 5] = 255

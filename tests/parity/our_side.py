@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from parity.cases import RECIPE, Network
 from psp_jax import optimizer
 from psp_jax.checkpoint import named_leaves
 from psp_jax.config import default_config
@@ -15,7 +16,6 @@ from psp_jax.model import pspnet
 from psp_jax.model.resnet import ResNet
 from psp_jax.state import TrainState, init_variables
 from psp_jax.train import train_step
-from parity.cases import RECIPE, Network
 
 
 def config_of(network: Network, dtype: str, total_steps: int = 1) -> ConfigDict:

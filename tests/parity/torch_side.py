@@ -111,7 +111,9 @@ def shapes(network: Network) -> dict[str, tuple[int, ...]]:
 
 def build(network: Network, weights: dict[str, np.ndarray], dtype=torch.float32) -> PSPNet:
     model = PSPNet(network)
-    loaded = model.load_state_dict({n: torch.from_numpy(v) for n, v in weights.items()}, strict=False)
+    loaded = model.load_state_dict(
+        {n: torch.from_numpy(v) for n, v in weights.items()}, strict=False
+    )
     assert not loaded.unexpected_keys
     assert all(name.endswith('num_batches_tracked') for name in loaded.missing_keys)
     return model.to(dtype)

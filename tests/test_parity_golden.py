@@ -1,0 +1,31 @@
+"""Equality with PyTorch's results on file (tests/parity/golden.py makes them)."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from parity import cases, golden, our_side
+
+
+@pytest.fixture(scope='module')
+def on_file():
+    return dict(np.load(golden.FILE))
+
+
+@pytest.mark.parametrize('name', golden.NETWORKS)
+def test_reference_numerics(name, on_file, programs, measured):
+    images, _ = cases.pictures(1, 97)
+    logits = our_side.forward(golden.NETWORKS[name], golden.weights(on_file, name), images)
+    for kind, ours in zip(('logits', 'aux_logits'), logits, strict=True):
+        theirs = on_file[f'{kind}/{name}']
+        span = theirs.max() - theirs.min()
+        measured(f'{kind} of {name}, float32', np.abs(ours - theirs).max() / span, 1e-4)
+
+
+def test_gradients_and_training_steps_equal_pytorchs(python, monkeypatch, measured):
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(('.', 'tests')))
+    run = python('-m', 'parity.golden', 'train')
+    assert run.returncode == 0, run.stderr
+    for kind, distance in json.loads(run.stdout).items():
+        measured(f'{kind} of {golden.TRAINED}, float64, {golden.STEPS} steps', distance, 1e-7)
