@@ -8,7 +8,7 @@ SHELL := /bin/bash
 RUN := .venv/bin/python
 BENCHMARKS := conv_gradient
 
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo test test-slow test-torch bench lint clean
 
 demo: .venv/requirements.txt
 	$(RUN) -m psp_jax.main --config configs/scenes.py --workdir runs/scenes
@@ -17,10 +17,14 @@ demo: .venv/requirements.txt
 	@echo "Picture: $$(ls -t runs/scenes/eval/*/panels.png | head -n 1)"
 
 test: lint
-	$(RUN) -m pytest -m 'not slow' --durations=10
+	$(RUN) -m pytest -m 'not slow and not torch' --durations=10
 
 test-slow: .venv/requirements-test.txt
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -m 'slow and not torch'
+
+# Beside PyTorch, torchvision, timm and mmsegmentation.
+test-torch: .venv/requirements-torch.txt
+	$(RUN) -m pytest -m torch
 
 lint: .venv/requirements-test.txt
 	$(RUN) -m ruff check .
@@ -52,3 +56,11 @@ clean:
 .venv/requirements-test.txt: requirements-test.txt .venv/requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	@cp requirements-test.txt $@
+
+# mmsegmentation asks for a second OpenCV, which would overwrite the one that is there: it is
+# installed without what it asks for.
+.venv/requirements-torch.txt: requirements-torch.txt .venv/requirements-test.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-torch.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps \
+	    mmsegmentation==1.2.2 mmcv-lite==2.1.0 mmengine==0.10.7
+	@cp requirements-torch.txt $@

@@ -3,6 +3,7 @@
 import pickle
 import re
 import sys
+from _compat_pickle import IMPORT_MAPPING  # Python 2's module names, which protocol 2 writes
 from typing import Any
 
 import numpy as np
@@ -64,12 +65,14 @@ def _load(path: str, torch: Any) -> Any:
             name = _refused(error)
             if name is None or name in (known for _, known in inert):
                 raise _broken(path, error) from error
-            if _is_code(name):
+            module, _, attribute = name.rpartition('.')
+            module = IMPORT_MAPPING.get(module, module)
+            if _is_code(module, attribute):
                 raise UserError(
-                    f'{path}: not a file of weights alone: it asks to run {name}, which was not '
-                    'done. Take the weights from a source that you trust'
+                    f'{path}: not a file of weights alone: it asks to run {module}.{attribute}, '
+                    'which was not done. Take the weights from a source that you trust'
                 ) from error
-            inert.append((type(name.rpartition('.')[2], (Inert,), {}), name))
+            inert.append((type(attribute, (Inert,), {}), name))
         except Exception as error:  # torch raises nearly anything on broken files
             raise _broken(path, error) from error
 
@@ -80,16 +83,17 @@ def _refused(error: Exception) -> str | None:
     return match and (match[1] if '.' in match[1] else f'builtins.{match[1]}')
 
 
-def _is_code(name: str) -> bool:
-    module, _, attribute = name.rpartition('.')
-    if module in ('builtins', '__builtin__'):
+def _is_code(module: str, attribute: str) -> bool:
+    if module == 'builtins':
         return attribute not in _HARMLESS_BUILTINS
     top = module.partition('.')[0]
     return top in (*sys.stdlib_module_names, 'posix', 'nt') and top not in _HARMLESS
 
 
 def _broken(path: str, error: Exception) -> UserError:
-    lines = str(error).splitlines() or [type(error).__name__]
+    # Of an UnpicklingError the reason stands behind a page of advice.
+    behind = re.search(r'WeightsUnpickler error:\s*(.+)', str(error))
+    lines = [behind[1]] if behind else str(error).splitlines() or [type(error).__name__]
     return UserError(
         f'{path}: cannot be read as a PyTorch file ({lines[0][:120]}); it may be cut off: get it '
         'again'

@@ -1,0 +1,115 @@
+"""Files of PyTorch: what they hold is read, what they ask to run is not run."""
+
+import os
+import subprocess
+import sys
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+
+from psp_jax.errors import UserError
+
+
+def test_without_pytorch_the_error_says_what_to_install(monkeypatch, tmp_path):
+    from psp_jax import torch_file
+
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    with pytest.raises(UserError, match='pip install torch'):
+        torch_file.read(str(tmp_path / 'x.pth'))
+
+
+class Remark:
+    """A class that reading a file must not need."""
+
+    def __init__(self, text):
+        self.text, self.numbers = text, [1, 2]
+
+
+class Command:
+    """Unpickles by running a command."""
+
+    def __init__(self, function, *words):
+        self.call = function, words
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip('torch', reason='PyTorch is not installed')
+
+
+def state_dict(torch):
+    return OrderedDict(
+        (
+            ('a.weight', torch.arange(6.0).reshape(2, 3)),
+            ('a.half', torch.ones(2, dtype=torch.bfloat16)),
+            ('a.num_batches_tracked', torch.tensor(3)),
+        )
+    )
+
+
+def assert_read(path):
+    from psp_jax import torch_file
+
+    found = torch_file.read(str(path))
+    assert list(found) == ['a.weight', 'a.half', 'a.num_batches_tracked']
+    np.testing.assert_array_equal(found['a.weight'], np.arange(6).reshape(2, 3))
+    assert found['a.half'].dtype == np.float32
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'of old'])
+@pytest.mark.parametrize('key', ['', 'state_dict', 'model'])
+def test_state_dicts_are_found(torch, tmp_path, key, zipped):
+    content = {key: state_dict(torch), 'epoch': 7} if key else state_dict(torch)
+    torch.save(content, tmp_path / 'x.pth', _use_new_zipfile_serialization=zipped)
+    assert_read(tmp_path / 'x.pth')
+
+
+@pytest.mark.torch
+def test_objects_of_unknown_classes_are_inert(torch, tmp_path):
+    remark = Remark('not needed')
+    history = {'loss': np.float64(0.5), 'curve': np.arange(3), 'remark': remark}
+    torch.save({'state_dict': state_dict(torch), 'meta': history}, tmp_path / 'x.pth')
+    assert_read(tmp_path / 'x.pth')
+
+
+@pytest.mark.torch
+def test_code_in_a_file_never_runs(torch, tmp_path):
+    from psp_jax import torch_file
+
+    mark = tmp_path / 'it ran'
+    calls = {
+        'posix.system': Command(os.system, f'touch "{mark}"'),
+        'builtins.eval': Command(eval, f'open({str(mark)!r}, "w")'),
+        'subprocess.run': Command(subprocess.run, ['touch', str(mark)]),
+    }
+    for name, call in calls.items():
+        path = tmp_path / 'x.pth'
+        torch.save({'state_dict': state_dict(torch), 'extra': call}, path)
+        with pytest.raises(UserError) as caught:
+            torch_file.read(str(path))
+        message = str(caught.value)
+        assert str(path) in message and name in message and '\n' not in message
+        assert not mark.exists()
+
+
+@pytest.mark.torch
+def test_files_that_are_broken_or_hold_something_else(torch, tmp_path):
+    from psp_jax import torch_file
+
+    path = tmp_path / 'x.pth'
+    torch.save(state_dict(torch), path)
+    whole = path.read_bytes()
+    for content in (whole[:-300], whole[: len(whole) // 2], b'', b'no pickle'):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match='cannot be read as a PyTorch file') as caught:
+            torch_file.read(str(path))
+        assert '\n' not in str(caught.value)
+    for content in (torch.nn.Linear(2, 2), {'epoch': 3}, [1]):
+        torch.save(content, path)
+        with pytest.raises(UserError, match='not a state dict'):
+            torch_file.read(str(path))
