@@ -94,13 +94,13 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope='session')
 def python(programs: dict[str, str]) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs `python WORD...` in the repository, in a process of its own."""
+    """Runs `python WORD...` in the repository, in a process of its own that knows tests/ too."""
 
     def run(*words: object) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, *map(str, words)],
             cwd=ROOT,
-            env=os.environ | programs,
+            env=os.environ | programs | {'PYTHONPATH': str(ROOT / 'tests')},
             text=True,
             capture_output=True,
         )

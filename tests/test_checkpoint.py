@@ -90,7 +90,7 @@ jax.config.update('jax_num_cpu_devices', 8)
 import numpy as np
 from psp_jax import checkpoint
 from psp_jax.mesh import local_mesh, on_devices, replicated
-from tests.test_checkpoint import META, a_state, shapes
+from test_checkpoint import META, a_state, shapes
 
 assert jax.device_count() == 8
 workdir, old, new = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

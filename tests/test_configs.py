@@ -229,6 +229,7 @@ def test_ablations_change_what_they_name_and_nothing_else():
         'data.label_map',
         'eval.base_size',
         'eval.multiple',
+        'init_from',
     }
     allowed = {
         'bins': 'model.bins',

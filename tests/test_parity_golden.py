@@ -1,7 +1,6 @@
 """Equality with PyTorch's results on file (tests/parity/golden.py makes them)."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -23,8 +22,7 @@ def test_reference_numerics(name, on_file, programs, measured):
         measured(f'{kind} of {name}, float32', np.abs(ours - theirs).max() / span, 1e-4)
 
 
-def test_gradients_and_training_steps_equal_pytorchs(python, monkeypatch, measured):
-    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(('.', 'tests')))
+def test_gradients_and_training_steps_equal_pytorchs(python, measured):
     run = python('-m', 'parity.golden', 'train')
     assert run.returncode == 0, run.stderr
     for kind, distance in json.loads(run.stdout).items():

@@ -73,7 +73,7 @@ def test_resume_is_exact(trained, small_config, python, tmp_path, capsys):
     words = ['--config', str(small_config), '--workdir', str(workdir)]
 
     def killed(words, log, *args):
-        call = f'from tests.test_resume import drive; drive{(words, str(log), *args)}'
+        call = f'from test_resume import drive; drive{(words, str(log), *args)}'
         process = python('-c', call)
         assert process.returncode == -signal.SIGKILL, process.stderr
         return process.stdout
