@@ -98,6 +98,8 @@ def _download(source: str) -> str:
         raise UserError(f'{source}: expected hf://OWNER/NAME or hf://OWNER/NAME/FILE')
     import huggingface_hub
 
+    # It retries for half a minute offline and logs each try; the error below says it once.
+    huggingface_hub.utils.logging.set_verbosity_error()
     file = file or 'model.safetensors'
     try:
         return huggingface_hub.hf_hub_download(f'{owner}/{name}', file)

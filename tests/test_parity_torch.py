@@ -7,13 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from parity import cases
+from PIL import Image
 
 torch = pytest.importorskip('torch', reason='PyTorch is not installed; make test-torch installs it')
 pytestmark = pytest.mark.torch
 
+import torch.nn.functional as F  # noqa: E402
 from parity import our_side, torch_side  # noqa: E402  (needs torch)
 
 from psp_jax.import_weights import semseg_name  # noqa: E402
@@ -37,6 +40,53 @@ def test_logits_equal_pytorchs(size, depth, dilation, align_corners, pool, measu
     name = f'R{depth} {dilation} align_corners={align_corners} {pool}, crop {size}'
     for kind, a, b in zip(('logits', 'aux_logits'), ours, theirs, strict=True):
         measured(f'{kind} of {name}', np.abs(a - b).max() / (b.max() - b.min()), 1e-4)
+
+
+def photographs(folder: Path) -> list[Path]:
+    """Three photographs: CamVid's where its folder is named, drawn ones elsewhere."""
+    root = os.environ.get('PSP_JAX_CAMVID')
+    if root:
+        lines = (Path(root) / 'val.txt').read_text().split('\n')
+        return [Path(root) / line.split(' ')[0] for line in filter(None, lines[:90:30])]
+    paths = [folder / f'{i}.png' for i in range(3)]
+    for i, path in enumerate(paths):
+        Image.fromarray(cases.pictures(1, 480, i)[0][0, :360]).save(path)
+    return paths
+
+
+def test_imported_weights_give_pytorchs_labels_through_the_command_line(tmp_path, python, measured):
+    """A file of semseg's form -> import -> `--mode eval`, with PyTorch's predictions as labels."""
+    network = cases.R50._replace(classes=11)
+    weights = cases.made_up(torch_side.shapes(network))
+    tensors = {f'module.{name}': torch.from_numpy(value) for name, value in weights.items()}
+    torch.save({'epoch': 100, 'state_dict': tensors}, tmp_path / 'train_epoch_100.pth')
+    model, lines = torch_side.build(network, weights).eval(), []
+    for i, path in enumerate(photographs(tmp_path)):
+        image = np.asarray(Image.open(path).convert('RGB'))
+        seen = cases.normalised(cv2.resize(image, (481, 361), interpolation=cv2.INTER_LINEAR))
+        x = torch.from_numpy(seen.transpose(2, 0, 1)[None]).float()
+        with torch.no_grad():
+            logits = model(x)[0]
+        for size in ((361, 481), image.shape[:2]):
+            logits = F.interpolate(logits, size, mode='bilinear', align_corners=True)
+        Image.fromarray(logits[0].argmax(0).numpy().astype(np.uint8)).save(tmp_path / f'l{i}.png')
+        lines.append(f'{path}\t{tmp_path}/l{i}.png\n')
+    (tmp_path / 'val.txt').write_text(''.join(lines))
+    config = ('--config', 'configs/camvid.py:depth=50')
+    run = python(
+        '-m', 'psp_jax.import_weights', tmp_path / 'train_epoch_100.pth', *config,
+        '--output', tmp_path / 'imported',
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    flags = ['--mode', 'eval', '--workdir', tmp_path / 'imported', '--config.data.root=']
+    run = python('-m', 'psp_jax.main', *flags, f'--config.data.val={tmp_path}/val.txt')
+    assert run.returncode == 0, run.stderr
+    scores = json.loads((tmp_path / 'imported' / 'eval' / 'metrics.json').read_text())
+    assert scores['images'] == 3 and len(scores['classes']) == 11
+    assert sum(c['pixels'] > 1000 for c in scores['classes']) >= 2  # more than one class is seen
+    measured(
+        'labels unlike those of PyTorch, imported R50, whole images', 1 - scores['allAcc'], 1e-4
+    )
 
 
 def report_of(*words: object) -> dict:
