@@ -97,9 +97,10 @@ def _download(source: str) -> str:
     if not (owner and name):
         raise UserError(f'{source}: expected hf://OWNER/NAME or hf://OWNER/NAME/FILE')
     import huggingface_hub
+    from huggingface_hub.utils import logging
 
     # It retries for half a minute offline and logs each try; the error below says it once.
-    huggingface_hub.utils.logging.set_verbosity_error()
+    logging.set_verbosity_error()
     file = file or 'model.safetensors'
     try:
         return huggingface_hub.hf_hub_download(f'{owner}/{name}', file)
