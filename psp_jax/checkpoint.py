@@ -77,8 +77,11 @@ def save_variables(workdir: str, variables: dict[str, Any], meta: dict[str, Any]
 
 def find_in(source: str) -> tuple[epath.Path, int]:
     """The (directory, step) of a working directory's newest checkpoint, or of a checkpoint."""
-    last = os.path.basename(source.rstrip('/'))
-    return find('', source) if last.isdigit() else find(source, 'latest')
+    if directory(source).exists():
+        return find(source, 'latest')
+    if not os.path.basename(source.rstrip('/')).isdigit():
+        raise UserError(f'{source}: this folder holds no checkpoints to start from')
+    return find('', source)
 
 
 def find(workdir: str, which: str) -> tuple[epath.Path, int]:

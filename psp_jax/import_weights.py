@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from psp_jax.config import flatten, load_config, to_json
+from psp_jax.config import flatten, from_json, load_config, to_json
 from psp_jax.errors import UserError
 from psp_jax.legal import as_text
 from psp_jax.main import Parser, exit_code, quieten_libraries, split_overrides
+from psp_jax.weight_files import Arrays, is_checkpoint, read_file
 from psp_jax.weight_formats import COUNTERS, FORMATS, LEAVES, OURS, Format
 
-Arrays = dict[str, np.ndarray]
 HEADS = ('pyramid', 'head', 'aux_head')  # what a backbone's weights leave fresh
 
 
@@ -42,75 +42,29 @@ def load(source: str, config: ConfigDict, wanted: dict[str, Any]) -> Weights:
     UserError where the source cannot be read, or does not fit.
     """
     parts = [part.strip() for part in source.split(',') if part.strip()]
-    skipped = {name for name in wanted if _matches(config.init_skip, name)}
-    _check_skip(config.init_skip, wanted)
+    patterns = _patterns(config.init_skip, wanted)
+    skipped = {name for name in wanted if _matches(patterns, name)}
     if len(parts) == 1 and is_checkpoint(parts[0]):
-        return _from_checkpoint(parts[0], wanted, skipped)
+        return _from_checkpoint(parts[0], config, wanted, skipped)
     tensors: Arrays = {}
+    stated: dict[str, Any] = {}
     for part in parts:
-        read = read_file(part)
+        read, options = read_file(part)
         both = sorted(tensors.keys() & read.keys())
         if both:
             raise UserError(f'{part}: holds {both[0]} like the file before it; give one of them')
         tensors |= read
-    return _from_tensors(source, tensors, config, wanted, skipped)
+        stated |= as_options(options)
+    return _from_tensors(source, tensors, stated, config, wanted, skipped)
 
 
-# ---- Reading
-
-
-def is_checkpoint(source: str) -> bool:
-    """Whether it is a folder: ours to read, with orbax."""
-    if source.startswith('hf://'):
-        return False
-    if '://' in source:
-        return not source.endswith(('.pth', '.pt', '.safetensors'))
-    return os.path.isdir(source)
-
-
-def read_file(source: str) -> Arrays:
-    """All arrays of a file by their names there. Raises UserError."""
-    path = _download(source) if source.startswith('hf://') else source
-    if '://' in path:
-        raise UserError(f'{path}: weights in buckets are not read; copy the file here first')
-    if not os.path.exists(path):
-        raise UserError(f'{path}: there is no such file of weights, or folder of a checkpoint')
-    if path.endswith('.safetensors'):
-        import safetensors.numpy
-
-        try:
-            return dict(safetensors.numpy.load_file(path))
-        except Exception as error:  # of Rust, without a base class of its own
-            raise UserError(
-                f'{path}: cannot be read as safetensors ({error}); it may be cut off: get it again'
-            ) from error
-    if path.endswith(('.pth', '.pt', '.bin')):
-        from psp_jax import torch_file
-
-        return torch_file.read(path)
-    raise UserError(f'{path}: weights are read from .pth, .pt, .bin and .safetensors files')
-
-
-def _download(source: str) -> str:
-    """hf://OWNER/NAME[/FILE] -> the local copy, which is fetched once."""
-    owner, name, file = (source.removeprefix('hf://').split('/', 2) + ['', ''])[:3]
-    if not (owner and name):
-        raise UserError(f'{source}: expected hf://OWNER/NAME or hf://OWNER/NAME/FILE')
-    import huggingface_hub
-    from huggingface_hub.utils import logging
-
-    # It retries for half a minute offline and logs each try; the error below says it once.
-    logging.set_verbosity_error()
-    file = file or 'model.safetensors'
-    try:
-        return huggingface_hub.hf_hub_download(f'{owner}/{name}', file)
-    except Exception as error:  # of the hub, of HTTP, of the network, of the disk
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f'{source}: {file} cannot be downloaded ({type(error).__name__}: {reason[0]}). Fetch '
-            'it where there is a network and give its path (--config.init_from=FILE), or start '
-            "from random weights (--config.init_from='')"
-        ) from error
+def as_options(values: dict[str, Any]) -> dict[str, Any]:
+    """What of a flat configuration, as JSON has it, decides about the function of the weights."""
+    return {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in values.items()
+        if key.startswith('model.') and key != 'model.dropout'
+    }
 
 
 # ---- Names and shapes
@@ -145,44 +99,77 @@ def recognise(names: Sequence[str]) -> Format | None:
     return None
 
 
-def architecture(tensors: Arrays, format: Format) -> dict[str, Any]:
-    """The keys of the configuration on which weights depend, as far as semseg-named ones tell."""
+def architecture(tensors: Arrays, format: Format, stated: dict[str, Any]) -> dict[str, Any]:
+    """The keys of the configuration on which weights depend: by shapes, format, and own word."""
     from psp_jax.model.resnet import BLOCKS, STEMS, is_basic
 
-    def width(name: str) -> int:
-        return tensors[name].shape[0]
-
+    kernels = {name: array for name, array in tensors.items() if array.ndim == 4}
     found: dict[str, Any] = {}
     blocks = [
-        len({n.split('.')[1] for n in tensors if n.startswith(f'layer{i}.')}) for i in (1, 2, 3, 4)
+        len({n.split('.')[1] for n in kernels if n.startswith(f'layer{i}.')}) for i in (1, 2, 3, 4)
     ]
-    basic = 'layer1.0.conv3.weight' not in tensors
+    basic = 'layer1.0.conv3.weight' not in kernels
     for depth, counts in BLOCKS.items():
         if list(counts) == blocks and is_basic(depth) == basic:
             found['model.depth'] = depth
-    convs = [f'layer0.{i}.weight' for i in (0, 3, 6) if f'layer0.{i}.weight' in tensors]
-    stem = tuple((tensors[name].shape[-1], width(name)) for name in convs)
+    convs = [f'layer0.{i}.weight' for i in (0, 3, 6) if f'layer0.{i}.weight' in kernels]
+    stem = tuple((kernels[name].shape[-1], kernels[name].shape[0]) for name in convs)
     for name, layers in STEMS.items():
         if layers == stem:
             found['model.stem'] = name
     if format.complete:
-        found |= format.needs
-        if 'cls.0.weight' in tensors:
-            found['model.head_width'] = width('cls.0.weight')
-        if 'aux.0.weight' in tensors:
-            found['model.aux_width'] = width('aux.0.weight')
+        widths = {'model.head_width': 'cls.0.weight', 'model.aux_width': 'aux.0.weight'}
+        found |= {key: len(kernels[name]) for key, name in widths.items() if name in kernels}
+        found |= format.needs | stated
     return found
 
 
-def _matches(patterns: str, name: str) -> bool:
+def _check_network(
+    source: str, found: dict[str, Any], config: ConfigDict, wanted: dict[str, Any], fresh: set[str]
+) -> None:
+    """Raises UserError with the flags to set if `found` is of another network than `config`."""
+    of_part = {
+        'head': ('model.head_width',),
+        'aux_head': ('model.aux_width',),
+        'pyramid': ('model.bins', 'model.pool', 'model.reduce'),
+    }
+    found, flat = dict(found), flatten(config)
+    for part, keys in of_part.items():
+        names = {name for name in wanted if name.split('/')[1] == part}
+        if names <= fresh and (names or part == 'aux_head'):  # nothing of it is loaded
+            for key in keys:
+                found.pop(key, None)
+    for values in (found, flat):
+        if values.get('model.dilation') == 'contract_first' and found.get('model.depth', 50) >= 50:
+            values['model.dilation'] = 'contract'  # the same for bottlenecks
+    differing = {key: value for key, value in found.items() if flat[key] != value}
+    if differing:
+        flags = ' '.join(f'--config.{key}={_quoted(value)}' for key, value in differing.items())
+        raise UserError(
+            f'{source} is of another network: set {flags} (or another source of weights)'
+        )
+
+
+def _quoted(value: Any) -> str:
+    """As the shell takes it."""
+    return f"'{value}'" if isinstance(value, tuple) else as_text(value)
+
+
+def _patterns(skip: str, wanted: dict[str, Any]) -> list[re.Pattern[str]]:
+    patterns = []
+    for text in filter(None, (part.strip() for part in skip.split(','))):
+        try:
+            patterns.append(re.compile(text))
+        except re.error as error:
+            raise UserError(f'init_skip: {text!r} is not a pattern ({error})') from error
+        if not any(_matches(patterns[-1:], name) for name in wanted):
+            raise UserError(f"init_skip: {text!r} matches no parameter's name")
+    return patterns
+
+
+def _matches(patterns: Sequence[re.Pattern[str]], name: str) -> bool:
     name = name.partition('/')[2]  # without params/ or batch_stats/
-    return any(re.search(p.strip(), name) for p in patterns.split(',') if p.strip())
-
-
-def _check_skip(patterns: str, wanted: dict[str, Any]) -> None:
-    for pattern in filter(None, (p.strip() for p in patterns.split(','))):
-        if not any(_matches(pattern, name) for name in wanted):
-            raise UserError(f"init_skip: {pattern!r} matches no parameter's name")
+    return any(pattern.search(name) for pattern in patterns)
 
 
 def _shown(texts: Sequence[str], most: int = 4) -> str:
@@ -194,28 +181,37 @@ def _shown(texts: Sequence[str], most: int = 4) -> str:
 
 
 def _from_tensors(
-    source: str, tensors: Arrays, config: ConfigDict, wanted: dict[str, Any], skipped: set[str]
+    source: str,
+    tensors: Arrays,
+    stated: dict[str, Any],
+    config: ConfigDict,
+    wanted: dict[str, Any],
+    skipped: set[str],
 ) -> Weights:
-    origin = {name.removeprefix('module.'): name for name in tensors}
-    format = recognise(list(origin))
+    names = [name.removeprefix('module.') for name in tensors]
+    format = recognise(names)
     if format is None:
         raise UserError(
-            f'{source}: its names ({_shown(sorted(origin), 3)}) are of no known format; there are: '
+            f'{source}: its names ({_shown(sorted(names), 3)}) are of no known format; there are: '
             + ', '.join(f.name for f in FORMATS)
         )
 
     # ---- Rename
-    dropped, renamed = [], {}
-    for name, key in origin.items():
+    dropped: list[str] = []
+    renamed: Arrays = {}
+    for name, array in zip(names, tensors.values(), strict=True):
         if any(re.match(pattern, name) for pattern in (COUNTERS, *format.drop)):
             dropped.append(name)
             continue
+        new = name
         for pattern, replacement in format.rename:
-            name, changed = re.subn(f'^{pattern}', replacement, name)
+            new, changed = re.subn(f'^{pattern}', replacement, name)
             if changed:
                 break
-        renamed[name] = tensors[key]
-    names = {semseg_name(name): name for name in wanted}
+        if new in renamed:
+            raise UserError(f'{source} ({format.name}): holds two arrays for {new}, as {name}')
+        renamed[new] = array
+    ours = {semseg_name(name): name for name in wanted}
 
     # ---- What is not loaded on purpose
     absent = set(HEADS) if not format.complete else set()
@@ -228,21 +224,12 @@ def _from_tensors(
         for name in unused:
             del renamed[name]
 
-    # ---- Is it this network?
-    found, flat = architecture(renamed, format), flatten(config)
-    if 'aux_head' in absent:
-        found.pop('model.aux_width', None)
-    for keys in (found, flat):
-        if keys.get('model.dilation') == 'contract_first' and found.get('model.depth', 50) >= 50:
-            keys['model.dilation'] = 'contract'  # the same for bottlenecks
-    differing = {key: value for key, value in found.items() if flat[key] != value}
-    if differing:
-        flags = ' '.join(f'--config.{key}={as_text(value)}' for key, value in differing.items())
-        raise UserError(f'{source} ({format.name}) is of another network: set {flags}')
-    given = {names[name]: to_ours(array) for name, array in renamed.items() if name in names}
-    left = sorted(renamed.keys() - names.keys())
+    label = f'{source} ({format.name})'
+    _check_network(label, architecture(renamed, format, stated), config, wanted, fresh)
+    given = {ours[name]: to_ours(array) for name, array in renamed.items() if name in ours}
+    left = sorted(renamed.keys() - ours.keys())
     needed = {name: leaf for name, leaf in wanted.items() if name not in fresh}
-    _check_fit(f'{source} ({format.name})', given, needed, left)
+    _check_fit(label, given, needed, left)
     arrays = {name: given[name].astype(leaf.dtype) for name, leaf in needed.items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
@@ -251,16 +238,20 @@ def _from_tensors(
     return Weights(arrays, [line, *_fresh_lines(wanted, fresh)])
 
 
-def _from_checkpoint(source: str, wanted: dict[str, Any], skipped: set[str]) -> Weights:
+def _from_checkpoint(
+    source: str, config: ConfigDict, wanted: dict[str, Any], skipped: set[str]
+) -> Weights:
     from psp_jax import checkpoint
 
     path, step = checkpoint.find_in(source)
+    saved = from_json(checkpoint.read_meta(path, step)['config'])
     given = checkpoint.shapes(path, step, ('params', 'batch_stats'))
     fresh = set(skipped)
     if not any('/aux_head/' in name for name in given):
         fresh |= {name for name in wanted if '/aux_head/' in name}
     left = sorted(name for name in given if name not in wanted and '/aux_head/' not in name)
     needed = {name: leaf for name, leaf in wanted.items() if name not in fresh}
+    _check_network(f'{path / str(step)}', as_options(flatten(saved)), config, wanted, fresh)
     _check_fit(f'{path / str(step)}', given, needed, left)
     arrays = checkpoint.read_arrays(path, step, needed)
     line = f'{len(arrays)} arrays from {path / str(step)}'
@@ -281,7 +272,7 @@ def _check_fit(source: str, given: dict[str, Any], needed: dict[str, Any], left:
         return
     hint = ''
     if not (missing or left) and all('/classifier/' in text for text in reshaped):
-        classes = given['params/head/classifier/bias'].shape[0]
+        classes = given[reshaped[0].split(' ')[0]].shape[-1]
         hint = (
             f'. It is for {classes} classes: to go on from it with others, leave the last layers '
             'fresh by --config.init_skip=classifier'
@@ -320,8 +311,8 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument('--config', required=True, metavar='FILE[:ARGS]', help='the network')
     parser.add_argument('--output', required=True, metavar='DIR', help='a folder to be made')
     flags = parser.parse_args(words)
-    config = load_config(flags.config, overrides)
-    config.init_from = ','.join(flags.sources)
+    source = f'--config.init_from={",".join(flags.sources)}'
+    config = load_config(flags.config, [*overrides, source])
     quieten_libraries()
     from psp_jax import checkpoint
 

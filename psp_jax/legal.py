@@ -33,6 +33,10 @@ def check_values(flat: Mapping[str, Any]) -> None:
             f'than total_steps={flat["total_steps"]}'
         )
     _check_crop(flat['data.crop'], flat['model.align_corners'])
+    if flat['init_skip'] and not flat['init_from']:
+        raise UserError(
+            f'init_skip={flat["init_skip"]}: is about what init_from loads; set init_from too'
+        )
     if flat['batch_size'] == 1 and flat['model.reduce'] and 1 in flat['model.bins']:
         raise UserError(
             'batch_size=1: batch normalisation of the 1 x 1 pyramid level would see one value a '

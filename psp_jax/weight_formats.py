@@ -60,10 +60,17 @@ class Format(NamedTuple):
     needs: dict[str, Any] = {}
 
 
+# What shapes do not tell, the same in all of these code bases.
+_PYRAMID = {'model.bins': (1, 2, 3, 6), 'model.pool': 'average', 'model.reduce': True}
+
 COUNTERS = r'.*\.num_batches_tracked'  # PyTorch counts batches; nothing here depends on the count
 
 FORMATS = (
-    Format(name='semseg', marks=(r'layer0\.0\.', r'cls\.')),
+    Format(
+        name='semseg',
+        marks=(r'layer0\.0\.', r'cls\.'),
+        needs={'model.dilation': 'full', 'model.align_corners': True, **_PYRAMID},
+    ),
     Format(
         name='mmsegmentation',
         marks=(r'backbone\.', r'decode_head\.'),
@@ -81,7 +88,7 @@ FORMATS = (
             (r'auxiliary_head\.convs\.0\.bn\.', 'aux.1.'),
             (r'auxiliary_head\.conv_seg\.', 'aux.4.'),
         ),
-        needs={'model.dilation': 'contract_first', 'model.align_corners': False},
+        needs={'model.dilation': 'contract_first', 'model.align_corners': False, **_PYRAMID},
     ),
     Format(
         name='CSAIL',
@@ -94,7 +101,7 @@ FORMATS = (
             (r'conv_last_deepsup\.', 'aux.4.'),
         ),
         drop=(r'.*\._tmp_running_(mean|var)', r'.*\._running_iter', r'fc\.'),
-        needs={'model.dilation': 'contract', 'model.align_corners': False},
+        needs={'model.dilation': 'contract', 'model.align_corners': False, **_PYRAMID},
     ),
     Format(
         name="semseg's ImageNet ResNet",

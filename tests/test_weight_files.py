@@ -12,11 +12,11 @@ from psp_jax.errors import UserError
 
 
 def test_without_pytorch_the_error_says_what_to_install(monkeypatch, tmp_path):
-    from psp_jax import torch_file
+    from psp_jax import weight_files
 
     monkeypatch.setitem(sys.modules, 'torch', None)
     with pytest.raises(UserError, match='pip install torch'):
-        torch_file.read(str(tmp_path / 'x.pth'))
+        weight_files.read_torch(str(tmp_path / 'x.pth'))
 
 
 class Remark:
@@ -52,9 +52,9 @@ def state_dict(torch):
 
 
 def assert_read(path):
-    from psp_jax import torch_file
+    from psp_jax import weight_files
 
-    found = torch_file.read(str(path))
+    found = weight_files.read_torch(str(path))
     assert list(found) == ['a.weight', 'a.half', 'a.num_batches_tracked']
     np.testing.assert_array_equal(found['a.weight'], np.arange(6).reshape(2, 3))
     assert found['a.half'].dtype == np.float32
@@ -78,8 +78,26 @@ def test_objects_of_unknown_classes_are_inert(torch, tmp_path):
 
 
 @pytest.mark.torch
+@pytest.mark.filterwarnings('ignore')
+def test_a_checkpoint_of_mmsegmentations_own_training(torch, tmp_path):
+    buffer = pytest.importorskip('mmengine.logging').HistoryBuffer([1.0, 2.0], [1, 1])
+    hub = {'log_scalars': {'loss': buffer}, 'runtime_info': {'iter': 7}}
+    torch.save({'state_dict': state_dict(torch), 'message_hub': hub}, tmp_path / 'x.pth')
+    assert_read(tmp_path / 'x.pth')
+
+
+@pytest.mark.torch
+def test_tensors_that_are_not_plain(torch, tmp_path):
+    from psp_jax import weight_files
+
+    torch.save({'a': torch.ones(3).to_sparse()}, tmp_path / 'x.pth')
+    with pytest.raises(UserError, match='a is not a plain dense tensor'):
+        weight_files.read_torch(str(tmp_path / 'x.pth'))
+
+
+@pytest.mark.torch
 def test_code_in_a_file_never_runs(torch, tmp_path):
-    from psp_jax import torch_file
+    from psp_jax import weight_files
 
     mark = tmp_path / 'it ran'
     calls = {
@@ -91,7 +109,7 @@ def test_code_in_a_file_never_runs(torch, tmp_path):
         path = tmp_path / 'x.pth'
         torch.save({'state_dict': state_dict(torch), 'extra': call}, path)
         with pytest.raises(UserError) as caught:
-            torch_file.read(str(path))
+            weight_files.read_torch(str(path))
         message = str(caught.value)
         assert str(path) in message and name in message and '\n' not in message
         assert not mark.exists()
@@ -99,7 +117,7 @@ def test_code_in_a_file_never_runs(torch, tmp_path):
 
 @pytest.mark.torch
 def test_files_that_are_broken_or_hold_something_else(torch, tmp_path):
-    from psp_jax import torch_file
+    from psp_jax import weight_files
 
     path = tmp_path / 'x.pth'
     torch.save(state_dict(torch), path)
@@ -107,9 +125,9 @@ def test_files_that_are_broken_or_hold_something_else(torch, tmp_path):
     for content in (whole[:-300], whole[: len(whole) // 2], b'', b'no pickle'):
         path.write_bytes(content)
         with pytest.raises(UserError, match='cannot be read as a PyTorch file') as caught:
-            torch_file.read(str(path))
+            weight_files.read_torch(str(path))
         assert '\n' not in str(caught.value)
     for content in (torch.nn.Linear(2, 2), {'epoch': 3}, [1]):
         torch.save(content, path)
         with pytest.raises(UserError, match='not a state dict'):
-            torch_file.read(str(path))
+            weight_files.read_torch(str(path))
