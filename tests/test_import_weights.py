@@ -416,7 +416,7 @@ def test_fine_tuning_150_classes_to_11(small_config, tmp_path, python, file):
     assert len(metrics_of(tmp_path / 'run')['classes']) == 11
 
 
-def one_line_error(capsys, main_run, *words):
+def one_line_error(capsys, run, *words):
     capsys.readouterr()
     assert exit_code(run, [str(word) for word in words]) == 2
     error = capsys.readouterr().err

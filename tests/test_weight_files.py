@@ -15,7 +15,7 @@ def test_without_pytorch_the_error_says_what_to_install(monkeypatch, tmp_path):
     from psp_jax import weight_files
 
     monkeypatch.setitem(sys.modules, 'torch', None)
-    with pytest.raises(UserError, match='pip install torch'):
+    with pytest.raises(UserError, match='pip install "torch>=2.6"'):
         weight_files.read_torch(str(tmp_path / 'x.pth'))
 
 
