@@ -17,7 +17,7 @@ demo: .venv/requirements.txt
 	@echo "Picture: $$(ls -t runs/scenes/eval/*/panels.png | head -n 1)"
 
 test: lint
-	$(RUN) -m pytest -m 'not slow and not torch' --durations=10
+	$(RUN) -m pytest -m 'not slow and not torch' -n 2 --dist loadfile --durations=10
 
 test-slow: .venv/requirements-test.txt
 	$(RUN) -m pytest -m 'slow and not torch'

@@ -126,22 +126,23 @@ def trained(
     return Run(workdir, process)
 
 
-_measured: list[str] = []
-
-
 @pytest.fixture
-def measured() -> Callable[[str, float, float], None]:
+def measured(
+    record_property: Callable[[str, object], None],
+) -> Callable[[str, float, float], None]:
     """Asserts that a figure is at most a bar, and lists both at the end of the tests' report."""
 
     def check(claim: str, value: float, bar: float) -> None:
-        _measured.append(f'{claim}: {value:.2g} (at most {bar:g})')
+        record_property('measured', f'{claim}: {value:.2g} (at most {bar:g})')
         assert value <= bar, f'{claim}: {value:.3g} is above {bar:g}'
 
     return check
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _measured:
+    reports = [r for kind in ('passed', 'failed') for r in terminalreporter.stats.get(kind, [])]
+    lines = [text for r in reports for name, text in r.user_properties if name == 'measured']
+    if lines:
         terminalreporter.section('measured')
-        for line in _measured:
+        for line in lines:
             terminalreporter.write_line(line)
