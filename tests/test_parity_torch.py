@@ -97,9 +97,11 @@ def report_of(*words: object) -> dict:
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize('depth', [18, 50])
-def test_gradients_and_ten_training_steps_equal_pytorchs(depth, measured):
-    report = report_of('--depth', depth, '--size', 97, '--steps', 10)
+# From made-up weights R50 at the recipe's rate is chaotic: PyTorch itself, started 1e-15 apart, is 2 %
+# apart after seven steps. A hundredth of the rate shows the same arithmetic without that.
+@pytest.mark.parametrize(('depth', 'rate'), [(18, 0.01), (50, 0.0001)])
+def test_gradients_and_ten_training_steps_equal_pytorchs(depth, rate, measured):
+    report = report_of('--depth', depth, '--size', 97, '--steps', 10, '--learning-rate', rate)
     for kind in ('losses', 'gradient', 'end'):
         measured(f'{kind} of R{depth}, crop 97, ten steps, float64', report[kind], 1e-7)
 

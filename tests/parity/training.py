@@ -25,11 +25,13 @@ def main() -> None:
     parser.add_argument('--size', type=int, default=97)
     parser.add_argument('--batch', type=int, default=2)
     parser.add_argument('--steps', type=int, default=10)
+    parser.add_argument('--learning-rate', type=float, default=cases.RECIPE['learning_rate'])
     parser.add_argument(
         '--other-rules', action='store_true', help='contract_first, max, align_corners=False'
     )
     parser.add_argument('--float32', action='store_true')
     flags = parser.parse_args()
+    cases.RECIPE['learning_rate'] = flags.learning_rate
     network = cases.R18 if flags.depth == 18 else cases.R50
     if flags.other_rules:
         network = network._replace(dilation='contract_first', pool='max', align_corners=False)
