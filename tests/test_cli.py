@@ -184,7 +184,7 @@ def test_the_evaluated_checkpoint_is_the_latest_the_best_a_step_or_a_path(
         evaluate,
         'make_evaluator',
         lambda config, model, source: (
-            lambda variables, step: evaluate.Result(scores[step], np.zeros((10, 10)), [])
+            lambda variables, step: evaluate.Result(scores[step], np.zeros((10, 10)), None)
         ),
     )
     path = trained.workdir / 'checkpoints' / '5'

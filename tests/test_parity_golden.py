@@ -29,6 +29,7 @@ def test_gradients_and_training_steps_equal_pytorchs(python, measured):
         measured(f'{kind} of {golden.TRAINED}, float64, {golden.STEPS} steps', distance, 1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'bar'), [('R18 full', 0.01), ('R50 full', 0.01)])
 def test_bfloat16_stays_near_float32(name, bar, on_file, programs, measured):
     images, _ = cases.pictures(1, 97)
