@@ -34,8 +34,7 @@ def get_config(arg: str = '') -> ConfigDict:
     config.data.crop = 473  # CHANGE to 8n + 1, about the size that images have
 
     set_depth(config, args.depth)
-    config.init_from = (
-        ''  # CHANGE to pretrained weights; 'hf://timm/resnet50s.gluon_in1k' fits depth 50
-    )
+    # CHANGE to pretrained weights; 'hf://timm/resnet50s.gluon_in1k' fits depth 50
+    config.init_from = ''
     config.eval.base_size = 0  # CHANGE to a number of pixels if images are large
     return config

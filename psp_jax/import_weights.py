@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from psp_jax.command_line import Parser, exit_code, quieten_libraries, split_overrides
 from psp_jax.config import flatten, from_json, load_config, to_json
 from psp_jax.errors import UserError
 from psp_jax.legal import as_text
-from psp_jax.main import Parser, exit_code, quieten_libraries, split_overrides
 from psp_jax.weight_files import Arrays, is_checkpoint, read_file
 from psp_jax.weight_formats import COUNTERS, FORMATS, LEAVES, OURS, Format
 
@@ -357,11 +357,13 @@ def replace(variables: Any, arrays: Arrays) -> Any:
     """`variables` with the named arrays in place of its own, on the same devices."""
     import jax
 
-    def pick(path: Any, leaf: Any) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
-        return jax.device_put(arrays[name], leaf.sharding) if name in arrays else leaf
+    from psp_jax.checkpoint import named_leaves
 
-    return jax.tree_util.tree_map_with_path(pick, variables)
+    leaves = [
+        jax.device_put(arrays[name], leaf.sharding) if name in arrays else leaf
+        for name, leaf in named_leaves(variables).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(variables), leaves)
 
 
 if __name__ == '__main__':

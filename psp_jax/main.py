@@ -5,13 +5,11 @@ flag answer at once.
 """
 
 import argparse
-import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Sequence
 
-from psp_jax.errors import UserError
+from psp_jax.command_line import Parser, exit_code, quieten_libraries, split_overrides
 
 FLAGS = ('--config', '--workdir', '--mode', '--checkpoint', '--output', '--help')
 EPILOG = """\
@@ -33,13 +31,6 @@ examples:
 
 exit codes: 0 done, 2 an error of the user's (one line on stderr says which), 130 interrupted
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are user errors as all others: one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f'{message} (see --help)')
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -100,19 +91,6 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return flags, overrides
 
 
-def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(`--config.key=value` and `--config.key value` words, all other words), order kept."""
-    overrides: list[str] = []
-    others: list[str] = []
-    wants_value = False
-    for word in argv:
-        is_override = word.startswith('--config.')
-        is_value = wants_value and not word.startswith('--')
-        (overrides if is_override or is_value else others).append(word)
-        wants_value = is_override and '=' not in word
-    return overrides, others
-
-
 def run(argv: Sequence[str]) -> None:
     """Does what the flags say; raises UserError for what is the user's to mend."""
     flags, overrides = parse_flags(argv)
@@ -139,48 +117,6 @@ def run(argv: Sequence[str]) -> None:
         from psp_jax import evaluate
 
         evaluate.evaluate_checkpoint(config, workdir, flags.checkpoint or 'latest', overrides)
-
-
-def quieten_libraries() -> None:
-    """Keeps the chatter of TensorFlow and orbax off the terminal; their errors stay."""
-    import logging as python_logging
-
-    # both are read when TensorFlow is imported; oneDNN announces itself whatever the log level is
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
-    from absl import logging
-
-    logging.set_verbosity(logging.ERROR)
-    # Of the many reads of a damaged checkpoint orbax awaits one; asyncio prints the errors of all.
-    python_logging.getLogger('asyncio').setLevel(python_logging.CRITICAL)
-
-
-def disk_is_full(error: BaseException) -> bool:
-    """Whether the error, of Python or of a library's C++, says that a disk is full."""
-    return getattr(error, 'errno', None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
-
-
-def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns its exit code, with the user's errors as a line on stderr."""
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f'psp_jax: error: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('psp_jax: interrupted', file=sys.stderr)
-        return 130
-    except Exception as error:
-        if not disk_is_full(error):
-            raise
-        where = getattr(error, 'filename', None) or 'the working directory'
-        print(
-            f'psp_jax: error: no space left on the disk of {where}; free some and run the same '
-            'command again',
-            file=sys.stderr,
-        )
-        return 2
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,27 +31,42 @@ def blobs(rng, height, width, classes=4):
     return np.argmax(fields, 0).astype(np.uint8)
 
 
-def one_after_the_other(image, label, seed, data):
-    """The recipe step by step on the whole picture, in float32, from the documented draws."""
-    draws = np.random.default_rng(seed).random(7)
-    scale = data.scale[0] + (data.scale[1] - data.scale[0]) * draws[0]
+def steps_of_opencv(image, label, scale, angle, blur, mirror):
+    """semseg's transforms of the whole picture in float32 before the crop; angle None = unturned.
+
+    Also which pixels the picture covers after the rotation.
+    """
     image = cv2.resize(
         image.astype(np.float32), None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR
     )
     label = cv2.resize(label, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
     height, width = label.shape
     inside = np.ones_like(label)
-    if draws[1] < 0.5 and data.rotate:
-        angle = -data.rotate + 2 * data.rotate * draws[2]
+    if angle is not None:
         matrix = cv2.getRotationMatrix2D((width / 2, height / 2), angle, 1)
         image = cv2.warpAffine(image, matrix, (width, height), borderValue=FILL.tolist())
         nearest = {'flags': cv2.INTER_NEAREST, 'borderMode': cv2.BORDER_CONSTANT}
         label = cv2.warpAffine(label, matrix, (width, height), borderValue=255, **nearest)
         inside = cv2.warpAffine(inside, matrix, (width, height), borderValue=0, **nearest)
-    if draws[3] < data.blur:
+    if blur:
         image = cv2.GaussianBlur(image, (5, 5), 0)
-    if draws[4] < data.mirror:
+    if mirror:
         image, label, inside = image[:, ::-1], label[:, ::-1], inside[:, ::-1]
+    return image, label, inside
+
+
+def one_after_the_other(image, label, seed, data):
+    """The recipe step by step on the whole picture, in float32, from the documented draws."""
+    draws = np.random.default_rng(seed).random(7)
+    image, label, inside = steps_of_opencv(
+        image,
+        label,
+        scale=data.scale[0] + (data.scale[1] - data.scale[0]) * draws[0],
+        angle=-data.rotate + 2 * data.rotate * draws[2] if draws[1] < 0.5 and data.rotate else None,
+        blur=draws[3] < data.blur,
+        mirror=draws[4] < data.mirror,
+    )
+    height, width = label.shape
     crop_h, crop_w = data.crop
     pad_h, pad_w = max(crop_h - height, 0), max(crop_w - width, 0)
     top, left = int(pad_h / 2), int(pad_w / 2)

@@ -12,8 +12,9 @@ import safetensors.numpy
 from parity import cases, golden, our_side
 
 from psp_jax import checkpoint, import_weights
+from psp_jax.command_line import exit_code
 from psp_jax.errors import UserError
-from psp_jax.main import exit_code, main
+from psp_jax.main import main
 from psp_jax.main import run as main_run
 from psp_jax.model import pspnet
 from psp_jax.state import init_variables
@@ -66,22 +67,14 @@ def classifier():
 # ---- Fixtures
 
 
-def semseg(network, seed=''):
+def semseg(network):
     """Made-up tensors of a network under semseg's names, whose shapes PyTorch's model gave."""
-    on_file = dict(np.load(golden.FILE))
-    shapes = json.loads(
-        str(on_file['shapes/R18 full' if network.depth == 18 else 'shapes/R50 full'])
-    )
-    for name, shape in shapes.items():
-        if name in ('cls.4.weight', 'cls.4.bias', 'aux.4.weight', 'aux.4.bias'):
-            shape[0] = network.classes
-        if name.startswith('aux.'):
-            part = name.split('.')[1]
-            shape[1 if part == '4' and len(shape) == 4 else 0] = (
-                network.classes if name == 'aux.4.bias' else network.aux_width
-            )
-            if name == 'aux.4.weight':
-                shape[0] = network.classes
+    name = 'shapes/R18 full' if network.depth == 18 else 'shapes/R50 full'
+    shapes = json.loads(str(np.load(golden.FILE)[name]))
+    shapes |= {name: [network.aux_width] for name in shapes if name.startswith('aux.1.')}
+    shapes['aux.0.weight'][0] = shapes['aux.4.weight'][1] = network.aux_width
+    for name in ('cls.4.weight', 'cls.4.bias', 'aux.4.weight', 'aux.4.bias'):
+        shapes[name][0] = network.classes
     if network.stem == 'conv7':
         shapes = {n: s for n, s in shapes.items() if not re.match(r'layer0\.[3467]\.', n)}
         shapes |= {name: [64] for name in shapes if name.startswith('layer0.1.')}

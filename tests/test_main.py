@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 import psp_jax
+from psp_jax.command_line import split_overrides
 from psp_jax.errors import UserError
-from psp_jax.main import main, split_overrides
+from psp_jax.main import main
 
 ROOT = Path(__file__).parents[1]
 SCENES = 'configs/scenes.py'

@@ -3,20 +3,18 @@
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
-from parity import cases
+from parity import cases, our_side
+
+from psp_jax import checkpoint, import_weights
+from psp_jax.model import pspnet
+from psp_jax.model.resnet import ResNet
+from psp_jax.state import init_variables
 
 torch = pytest.importorskip('torch', reason='PyTorch is not installed; make test-torch installs it')
 pytestmark = pytest.mark.torch
-
-import jax  # noqa: E402
-from parity import our_side  # noqa: E402
-
-from psp_jax import checkpoint, import_weights  # noqa: E402
-from psp_jax.model import pspnet  # noqa: E402
-from psp_jax.model.resnet import ResNet  # noqa: E402
-from psp_jax.state import init_variables  # noqa: E402
 
 SIZE = 97
 
@@ -163,20 +161,11 @@ def test_mmsegmentations_pspnet(depth, stem, tmp_path, measured):
         heads = model.decode_head(features), model.auxiliary_head(features)
     config, variables = loaded(path, network)
     theirs = [y.permute(0, 2, 3, 1).numpy() for y in heads]
-    logits, _ = jax.jit(
-        lambda v, x: pspnet.build(config).apply(v, pspnet.normalise(x, config), False)
-    )(variables, images)
-    backbone = ResNet(network.depth, network.stem, network.dilation)
-    parts = [{k: tree[n] for k, tree in variables.items()} for n in ('backbone', 'aux_head')]
-    layer3, _ = jax.jit(lambda v, x: backbone.apply(v, pspnet.normalise(x, config), False))(
-        parts[0], images
-    )
-    aux_head = pspnet.Head(network.aux_width, network.classes, 0.0)
-    ours = logits, aux_head.apply(parts[1], layer3, False)
+    ours = our_side.logits(config, variables, images)
     for kind, a, b in zip(('logits', 'aux_logits'), ours, theirs, strict=True):
         span = b.max() - b.min()
         measured(
             f'{kind} of mmsegmentation R{depth} {stem}',
-            np.abs(np.asarray(a) - b).max() / span,
+            np.abs(a - b).max() / span,
             1e-4,
         )

@@ -3,25 +3,20 @@
 import itertools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from parity import cases
+from parity import cases, our_side
 from PIL import Image
 
+from psp_jax.import_weights import semseg_name
+
 torch = pytest.importorskip('torch', reason='PyTorch is not installed; make test-torch installs it')
+torch_side = pytest.importorskip('parity.torch_side')
 pytestmark = pytest.mark.torch
 
-import torch.nn.functional as F  # noqa: E402
-from parity import our_side, torch_side  # noqa: E402  (needs torch)
-
-from psp_jax.import_weights import semseg_name  # noqa: E402
-
-ROOT = Path(__file__).parents[1]
 VARIANTS = list(
     itertools.product((18, 50), ('full', 'contract'), (True, False), ('average', 'max'))
 )
@@ -68,7 +63,9 @@ def test_imported_weights_give_pytorchs_labels_through_the_command_line(tmp_path
         with torch.no_grad():
             logits = model(x)[0]
         for size in ((361, 481), image.shape[:2]):
-            logits = F.interpolate(logits, size, mode='bilinear', align_corners=True)
+            logits = torch.nn.functional.interpolate(
+                logits, size, mode='bilinear', align_corners=True
+            )
         Image.fromarray(logits[0].argmax(0).numpy().astype(np.uint8)).save(tmp_path / f'l{i}.png')
         lines.append(f'{path}\t{tmp_path}/l{i}.png\n')
     (tmp_path / 'val.txt').write_text(''.join(lines))
@@ -89,40 +86,37 @@ def test_imported_weights_give_pytorchs_labels_through_the_command_line(tmp_path
     )
 
 
-def report_of(*words: object) -> dict:
-    command = [sys.executable, '-m', 'parity.training', *map(str, words)]
-    environment = os.environ | {'PYTHONPATH': os.pathsep.join(('.', 'tests'))}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+@pytest.fixture
+def report_of(python):
+    """What parity/training.py prints, in a process of its own."""
+
+    def report(*words: object) -> dict:
+        run = python('-m', 'parity.training', *words)
+        assert run.returncode == 0, run.stderr
+        return json.loads(run.stdout)
+
+    return report
 
 
 # From made-up weights R50 at the recipe's rate is chaotic: PyTorch itself, started 1e-15 apart, is
 # 2 % apart after seven steps of four images. At a hundredth of the rate and four images it is not.
 @pytest.mark.parametrize(('depth', 'size', 'rate'), [(18, 97, 0.01), (50, 65, 0.0001)])
-def test_gradients_and_ten_training_steps_equal_pytorchs(depth, size, rate, measured):
-    report = report_of(
-        '--depth',
-        depth,
-        '--size',
-        size,
-        '--batch',
-        2 if depth == 18 else 4,
-        '--learning-rate',
-        rate,
-    )
+def test_gradients_and_ten_training_steps_equal_pytorchs(depth, size, rate, report_of, measured):
+    batch = 2 if depth == 18 else 4
+    words = ['--depth', depth, '--size', size, '--batch', batch, '--learning-rate', rate]
+    report = report_of(*words)
     for kind in ('losses', 'gradient', 'end'):
         measured(f'{kind} of R{depth}, crop {size}, ten steps, float64', report[kind], 1e-7)
 
 
-def test_gradients_with_max_pooling_and_the_other_rules_equal_pytorchs(measured):
+def test_gradients_with_max_pooling_and_the_other_rules_equal_pytorchs(report_of, measured):
     report = report_of('--depth', 18, '--size', 96, '--steps', 2, '--other-rules')
     for kind in ('losses', 'gradient', 'end'):
         name = f'{kind} of R18, contract_first, max, align_corners=False, crop 96, float64'
         measured(name, report[kind], 1e-7)
 
 
-def test_gradients_in_float32_are_as_far_from_float64_as_pytorchs(measured, capsys):
+def test_gradients_in_float32_are_as_far_from_float64_as_pytorchs(report_of, measured, capsys):
     report = report_of('--depth', 50, '--size', 97, '--float32')
     with capsys.disabled():
         print(f'\ngradients of R50 in float32 against float64: {report}')

@@ -37,13 +37,12 @@ def variables_of(config: ConfigDict, weights: dict[str, np.ndarray]) -> dict[str
     names = {name: semseg_name(name) for name in named_leaves(shapes)}
     assert sorted(names.values()) == sorted(weights)
 
-    def pick(path: Any, leaf: Any) -> jax.Array:
-        name = names[jax.tree_util.keystr(path, simple=True, separator='/')]
-        value = to_ours(weights[name])
+    leaves = []
+    for name, leaf in named_leaves(shapes).items():
+        value = to_ours(weights[names[name]])
         assert value.shape == leaf.shape, name
-        return jnp.asarray(value, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(pick, shapes)
+        leaves.append(jnp.asarray(value, leaf.dtype))
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def forward(
@@ -51,20 +50,26 @@ def forward(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits [B, h, w, C] of uint8 images in test mode, of both heads."""
     config = config_of(network, dtype)
+    return logits(config, variables_of(config, weights), images)
+
+
+def logits(
+    config: ConfigDict, variables: dict[str, Any], images: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`forward` of variables that are ours already."""
     model = pspnet.build(config)
-    variables = variables_of(config, weights)
     kinds = {'dtype': model.dtype, 'param_dtype': model.param_dtype}
 
     @jax.jit
     def run(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = pspnet.normalise(images, config)
-        logits, _ = model.apply(variables, x, False)
+        main, _ = model.apply(variables, x, False)
         # The auxiliary head is absent in test mode; here it is applied by itself.
         part = {kind: tree['backbone'] for kind, tree in variables.items()}
         layer3, _ = ResNet(model.depth, model.stem, model.dilation, **kinds).apply(part, x, False)
         part = {kind: tree['aux_head'] for kind, tree in variables.items()}
         aux_head = pspnet.Head(model.aux_width, model.classes, 0.0, **kinds)
-        return logits, aux_head.apply(part, layer3, False)
+        return main, aux_head.apply(part, layer3, False)
 
     return tuple(np.asarray(x) for x in run(variables, images))
 
