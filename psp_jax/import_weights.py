@@ -228,8 +228,7 @@ def _from_tensors(
     _check_network(label, architecture(renamed, format, stated), config, wanted, fresh)
     given = {ours[name]: to_ours(array) for name, array in renamed.items() if name in ours}
     left = sorted(renamed.keys() - ours.keys())
-    needed = {name: leaf for name, leaf in wanted.items() if name not in fresh}
-    _check_fit(label, given, needed, left)
+    needed = _fitting(label, given, wanted, fresh, left)
     arrays = {name: given[name].astype(leaf.dtype) for name, leaf in needed.items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
@@ -250,16 +249,26 @@ def _from_checkpoint(
     if not any('/aux_head/' in name for name in given):
         fresh |= {name for name in wanted if '/aux_head/' in name}
     left = sorted(name for name in given if name not in wanted and '/aux_head/' not in name)
-    needed = {name: leaf for name, leaf in wanted.items() if name not in fresh}
-    _check_network(f'{path / str(step)}', as_options(flatten(saved)), config, wanted, fresh)
-    _check_fit(f'{path / str(step)}', given, needed, left)
+    label = str(path / str(step))
+    _check_network(label, as_options(flatten(saved)), config, wanted, fresh)
+    needed = _fitting(label, given, wanted, fresh, left)
     arrays = checkpoint.read_arrays(path, step, needed)
-    line = f'{len(arrays)} arrays from {path / str(step)}'
+    line = f'{len(arrays)} arrays from {label}'
     return Weights(arrays, [line, *_fresh_lines(wanted, fresh)])
 
 
-def _check_fit(source: str, given: dict[str, Any], needed: dict[str, Any], left: list[str]) -> None:
-    """One error for all that is missing, left over or of another shape, if anything is."""
+def _fitting(
+    source: str,
+    given: dict[str, Any],
+    wanted: dict[str, Any],
+    fresh: set[str],
+    left: list[str],
+) -> dict[str, Any]:
+    """`wanted` without what stays fresh; all of it is in `given`, with its shape.
+
+    Raises one UserError for all that is missing, left over or of another shape.
+    """
+    needed = {name: leaf for name, leaf in wanted.items() if name not in fresh}
     missing = sorted(needed.keys() - given.keys())
     reshaped = [
         f'{name} {list(given[name].shape)}, not {list(leaf.shape)}'
@@ -269,7 +278,7 @@ def _check_fit(source: str, given: dict[str, Any], needed: dict[str, Any], left:
     kinds = {'missing': missing, 'left over': left, 'of another shape': reshaped}
     texts = [f'{kind}: {_shown(names)}' for kind, names in kinds.items() if names]
     if not texts:
-        return
+        return needed
     hint = ''
     if not (missing or left) and all('/classifier/' in text for text in reshaped):
         classes = given[reshaped[0].split(' ')[0]].shape[-1]

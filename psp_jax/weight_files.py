@@ -44,7 +44,7 @@ def is_checkpoint(source: str) -> bool:
 
 
 def read_file(source: str) -> tuple[Arrays, dict[str, Any]]:
-    """All arrays of a file by their names there, and what our own exports say besides.
+    """All arrays of a file by their names there, and what it says besides about its network.
 
     The latter are keys of the configuration, as JSON has them. Raises UserError.
     """
@@ -65,7 +65,7 @@ def read_file(source: str) -> tuple[Arrays, dict[str, Any]]:
                 f'{path}: cannot be read as safetensors ({error}); it may be cut off: get it again'
             ) from error
     if path.endswith(('.pth', '.pt', '.bin')):
-        return read_torch(path), {}
+        return read_torch(path)
     raise UserError(f'{path}: weights are read from .pth, .pt, .bin and .safetensors files')
 
 
@@ -104,11 +104,13 @@ class Inert:
         pass
 
 
-def read_torch(path: str) -> Arrays:
+def read_torch(path: str) -> tuple[Arrays, dict[str, Any]]:
     """The state dict in a `.pth` or `.pt` file, with plain tensors as they were saved.
 
-    A dict under 'state_dict', 'model' or 'model_state' is taken before the whole. Raises UserError
-    without PyTorch and for a file that is broken, holds code or holds no state dict.
+    A dict under 'state_dict', 'model' or 'model_state' is taken before the whole. Beside it comes
+    whether corners are aligned, which mmsegmentation's files tell in the text of their
+    configuration. Raises UserError without PyTorch and for a file that is broken, holds code or
+    holds no state dict.
     """
     try:
         import torch
@@ -120,6 +122,7 @@ def read_torch(path: str) -> Arrays:
     if not hasattr(torch.serialization, 'safe_globals'):
         raise UserError(f'{path}: PyTorch {torch.__version__} is too old: pip install "torch>=2.6"')
     content = _load(path, torch)
+    stated = _stated(content)
     for key in ('state_dict', 'model', 'model_state'):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -135,7 +138,16 @@ def read_torch(path: str) -> Arrays:
                 arrays[str(name)] = _array(value)
             except (RuntimeError, TypeError, NotImplementedError) as error:
                 raise UserError(f'{path}: {name} is not a plain dense tensor') from error
-    return arrays
+    return arrays, stated
+
+
+def _stated(content: Any) -> dict[str, Any]:
+    meta = content.get('meta') if isinstance(content, dict) else None
+    if not isinstance(meta, dict):
+        return {}
+    text = str(meta.get('config') or meta.get('cfg'))  # of versions 0.x, 1.x
+    found = set(re.findall(r'\balign_corners\W{1,3}(True|False)\b', text))
+    return {'model.align_corners': found == {'True'}} if len(found) == 1 else {}
 
 
 def _load(path: str, torch: Any) -> Any:

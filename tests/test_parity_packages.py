@@ -24,7 +24,7 @@ def pictures():
     return images, torch.from_numpy(cases.normalised(images).transpose(0, 3, 1, 2)).float()
 
 
-def torchvision_or_skip():
+def import_torchvision():
     """torchvision; its own compiled operators, which nothing here needs, may not load."""
     for name in ('nms', 'qnms'):
         try:
@@ -32,7 +32,9 @@ def torchvision_or_skip():
             torch.library.define(f'torchvision::{name}', schema)
         except RuntimeError:  # they are there
             break
-    return pytest.importorskip('torchvision')
+    import torchvision
+
+    return torchvision
 
 
 def fill(model):
@@ -51,6 +53,21 @@ def loaded(source, network):
     return config, import_weights.replace(variables, weights.arrays)
 
 
+def assert_fits(model, network, path, fresh):
+    """The names and shapes of a model without values are those that a network of ours asks for."""
+    from safetensors.torch import save_file
+
+    state = model.state_dict().items()
+    save_file({n: torch.zeros(v.shape, dtype=torch.float16) for n, v in state}, path)
+    config = our_side.config_of(network, 'float32')
+    shapes = jax.eval_shape(lambda: init_variables(pspnet.build(config), 0))
+    wanted = checkpoint.named_leaves(shapes)
+    weights = import_weights.load(str(path), config, wanted)
+    assert weights.arrays.keys() == {n for n in wanted if n.split('/')[1] not in fresh}
+    for name, array in weights.arrays.items():
+        assert array.shape == wanted[name].shape and array.dtype == wanted[name].dtype
+
+
 def assert_backbone_equal(model, act, source, network, claim, measured):
     images, x = pictures()
     with torch.no_grad():
@@ -66,7 +83,7 @@ def assert_backbone_equal(model, act, source, network, claim, measured):
 
 
 def test_torchvisions_resnet50(tmp_path, measured):
-    torchvision = torchvision_or_skip()
+    torchvision = import_torchvision()
     dilated = [False, True, True]
     model = fill(torchvision.models.resnet50(replace_stride_with_dilation=dilated))
     torch.save(model.state_dict(), tmp_path / 'resnet50.pth')
@@ -80,8 +97,8 @@ def test_torchvisions_resnet50(tmp_path, measured):
     ('name', 'stem'), [('resnet50', 'conv7'), ('resnet50c', 'deep_small'), ('resnet50s', 'deep')]
 )
 def test_timms_resnets(name, stem, tmp_path, measured):
-    torchvision_or_skip()
-    timm = pytest.importorskip('timm')
+    import_torchvision()
+    import timm
     from safetensors.torch import save_file
 
     model = fill(timm.create_model(name, output_stride=8))
@@ -91,10 +108,25 @@ def test_timms_resnets(name, stem, tmp_path, measured):
     assert_backbone_equal(model, model.act1, path, network, f'timm {name}', measured)
 
 
+@pytest.mark.parametrize('depth', [101, 152])
+def test_deeper_backbones_fit(depth, tmp_path):
+    torchvision = import_torchvision()
+    import timm
+
+    with torch.device('meta'):
+        models = {
+            'conv7': getattr(torchvision.models, f'resnet{depth}')(),
+            'deep_small': timm.create_model(f'resnet{depth}c'),
+            'deep': timm.create_model(f'resnet{depth}s'),
+        }
+    for stem, model in models.items():
+        network = cases.R50._replace(depth=depth, stem=stem)
+        assert_fits(model, network, tmp_path / 'x.safetensors', import_weights.HEADS)
+
+
 def mmseg_model(network):
     """mmsegmentation's own PSPNet. Its light wheel has no compiled operators; none is used here."""
-    torchvision_or_skip()
-    pytest.importorskip('mmcv')
+    import_torchvision()
 
     def operator(name):
         if name.startswith('__'):
@@ -104,7 +136,6 @@ def mmseg_model(network):
     operators = types.ModuleType('mmcv.ops')
     operators.__getattr__ = operator  # type: ignore[method-assign]
     sys.modules.setdefault('mmcv.ops', operators)
-    pytest.importorskip('mmseg')
     from mmseg.models import EncoderDecoder
 
     channels = 512 if network.depth == 18 else 2048
@@ -169,3 +200,14 @@ def test_mmsegmentations_pspnet(depth, stem, tmp_path, measured):
             np.abs(a - b).max() / span,
             1e-4,
         )
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('stem', ['deep_small', 'conv7'])
+def test_mmsegmentations_deeper_pspnet_fits(stem, tmp_path):
+    network = cases.R50._replace(
+        depth=101, stem=stem, dilation='contract', align_corners=False, classes=150
+    )
+    with torch.device('meta'):
+        model = mmseg_model(network)
+    assert_fits(model, network, tmp_path / 'x.safetensors', ())

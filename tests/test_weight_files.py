@@ -54,7 +54,7 @@ def state_dict(torch):
 def assert_read(path):
     from psp_jax import weight_files
 
-    found = weight_files.read_torch(str(path))
+    found, _ = weight_files.read_torch(str(path))
     assert list(found) == ['a.weight', 'a.half', 'a.num_batches_tracked']
     np.testing.assert_array_equal(found['a.weight'], np.arange(6).reshape(2, 3))
     assert found['a.half'].dtype == np.float32
@@ -80,10 +80,30 @@ def test_objects_of_unknown_classes_are_inert(torch, tmp_path):
 @pytest.mark.torch
 @pytest.mark.filterwarnings('ignore')
 def test_a_checkpoint_of_mmsegmentations_own_training(torch, tmp_path):
-    buffer = pytest.importorskip('mmengine.logging').HistoryBuffer([1.0, 2.0], [1, 1])
+    from mmengine.logging import HistoryBuffer
+
+    buffer = HistoryBuffer([1.0, 2.0], [1, 1])
     hub = {'log_scalars': {'loss': buffer}, 'runtime_info': {'iter': 7}}
     torch.save({'state_dict': state_dict(torch), 'message_hub': hub}, tmp_path / 'x.pth')
     assert_read(tmp_path / 'x.pth')
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ('meta', 'stated'),
+    [
+        ({'config': 'decode_head = dict(\n    align_corners=True,\n    channels=512)'}, True),
+        ({'cfg': 'decode_head=dict(align_corners=False), auxiliary_head=...'}, False),
+        ({'config': "a=dict(align_corners=True), b={'align_corners': False}"}, None),
+        ({'epoch': 3}, None),
+    ],
+)
+def test_mmsegmentations_files_tell_whether_corners_are_aligned(torch, tmp_path, meta, stated):
+    from psp_jax import weight_files
+
+    torch.save({'meta': meta, 'state_dict': state_dict(torch)}, tmp_path / 'x.pth')
+    _, found = weight_files.read_file(str(tmp_path / 'x.pth'))
+    assert found == ({} if stated is None else {'model.align_corners': stated})
 
 
 @pytest.mark.torch
