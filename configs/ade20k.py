@@ -64,5 +64,5 @@ def get_config(arg: str = '') -> ConfigDict:
     config.model.reduce = args.reduce
     config.loss.aux_weight = args.aux
     config.eval.base_size = 512  # pixels, the long side; it becomes the nearest 8n + 1
-    config.eval.multiple = 64  # the images have hundreds of sizes, each one to compile
+    config.eval.multiple = 64  # the images have hundreds of sizes: at most 15 programs
     return config

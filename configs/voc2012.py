@@ -44,5 +44,5 @@ def get_config(arg: str = '') -> ConfigDict:
     set_depth(config, args.depth)
     config.init_from = imagenet_weights(args.depth)  # '' for 18, 34 and 269: none are public
     config.eval.base_size = 512  # pixels, the long side; it becomes the nearest 8n + 1
-    config.eval.multiple = 64  # the images have hundreds of sizes, each one to compile
+    config.eval.multiple = 64  # the images have hundreds of sizes: at most 15 programs
     return config

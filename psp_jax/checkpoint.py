@@ -15,8 +15,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
+from psp_jax.config import apply_overrides, check_config, from_json
 from psp_jax.errors import UserError
 
 # What orbax and tensorstore raise where files of a checkpoint are missing, cut off or changed.
@@ -127,6 +129,17 @@ def read_meta(path: epath.Path, step: int) -> dict[str, Any]:
             return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         except _UNREADABLE as error:
             raise cannot_be_read(path / str(step), error) from error
+
+
+def config_of(path: epath.Path, step: int, overrides: Iterable[str] = ()) -> ConfigDict:
+    """The configuration that a checkpoint was made with, with `--config.key=value` flags on it.
+
+    Raises UserError for an unknown key and an illegal value.
+    """
+    config = from_json(read_meta(path, step)['config'])
+    apply_overrides(config, overrides)
+    check_config(config)
+    return config
 
 
 def shapes(path: epath.Path, step: int, parts: Iterable[str]) -> dict[str, Any]:

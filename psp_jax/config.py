@@ -105,11 +105,18 @@ def default_config() -> ConfigDict:
         recipe_batch_size=16,  # that learning_rate was chosen for; a line is logged if it differs
     )
     config.eval = _group(
-        protocol='whole',  # whole: each image in one piece
+        # whole: in one piece, by the long side (quick; what training uses);
+        # semseg: windows of the training crop, mirrored too (the authors' PyTorch test);
+        # caffe: the same as their MATLAB code; mmseg: in one piece, by the short side;
+        # mmseg_slide: windows as mmsegmentation's.
+        protocol='whole',
         split='val',  # train | val | test
-        base_size=0,  # pixels, long side that images are resized to; 0 = their own
-        multiple=8,  # pixels; sides go to multiples of it (+ 1 where align_corners); 64 = few sizes
-        batch_size=8,  # images a call of the network on each host
+        base_size=0,  # pixels, the side that images are resized to at scale 1; 0 = their own
+        scales=(1.0,),  # that are averaged; multi-scale is (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+        flip='auto',  # average mirror images in: auto (semseg and caffe do) | true | false
+        multiple=8,  # pixels; canvases of whole images go up to multiples of it; 64 = few programs
+        batch_size=8,  # images, or windows, a call of the network on each host
+        save_predictions=False,  # write every prediction as the data set's server takes it
         panels=4,  # pictures of image, label and prediction that are kept
     )
     return config.lock()

@@ -1,11 +1,12 @@
 """Scoring a network on a whole split: every image once, every valid pixel once."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,18 +15,17 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from psp_jax import checkpoint, losses, metrics, report
-from psp_jax.config import apply_overrides, check_config, from_json
-from psp_jax.data.labels import IGNORE, label_space
-from psp_jax.data.pipeline import eval_examples
+from psp_jax import checkpoint, html_report, inference, losses, metrics, protocols, report
+from psp_jax.data.labels import IGNORE, label_space, stored_ids
+from psp_jax.data.pipeline import read_ahead
 from psp_jax.data.sources import Source, check_source, make_source
 from psp_jax.errors import UserError
-from psp_jax.mesh import local_mesh, on_devices, put_batch, replicated, split_batch
+from psp_jax.inference import Example
+from psp_jax.mesh import local_mesh, put_batch, replicated
 from psp_jax.model import pspnet
-from psp_jax.model.resample import resize_matrix
-from psp_jax.state import enable_float64, init_variables
-
-CANVAS = 128  # pixels; the shortest side of the canvases that labels lie on
+from psp_jax.predict import Predictor, labels_png
+from psp_jax.protocols import Size
+from psp_jax.state import restore_variables
 
 
 class Panel(NamedTuple):
@@ -36,186 +36,156 @@ class Panel(NamedTuple):
     prediction: np.ndarray
 
 
+@dataclass
+class Scored:
+    """An image that is being scored: sums over its blocks and tiles."""
+
+    number: int
+    panel: Panel  # its prediction is zeros where none was asked for
+    blocks: int  # still to come
+    confusion: Any = 0  # int64 [classes, classes]
+    loss: float = 0.0
+    count: int = 0
+
+
 class Result(NamedTuple):
     scores: dict[str, Any]  # the content of metrics.json
     confusion: np.ndarray  # int64 [classes, classes] of (label, prediction)
-    picture: np.ndarray | None  # uint8 [H, W, 3], a few panels as a person sees them
+    each: np.ndarray  # float64 [images], the mIoU of each alone; NaN where no pixel is labelled
+    panels: dict[int, Panel]  # some images by their number; of the first process only
 
 
-def network_size(
-    size: tuple[int, int], base_size: int, multiple: int, align_corners: bool
-) -> tuple[int, int]:
-    """The (height, width) at which the network sees an image of `size`.
+class Evaluator(NamedTuple):
+    """The compiled evaluation of a split; see `make_evaluator`."""
 
-    The long side becomes `base_size` (0 keeps the image's) at the same aspect ratio; then each
-    side goes to the nearest positive multiple of `multiple`, plus 1 with `align_corners`. A
-    multiple of 8 is what the stride needs to meet both edges. A larger one bends the aspect ratio
-    a little and leaves fewer sizes to compile.
+    evaluate: Callable[..., Result]
+    panels: Callable[..., dict[int, Panel]]
+
+
+def score(probabilities: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
+    """Probabilities [h, w, C] against labels uint8 [h, w]: confusion int32 [C, C], summed
+    cross-entropy, number of valid pixels, predictions uint8 [h, w].
     """
-    scale = base_size / max(size) if base_size else 1.0
-    extra = 1 if align_corners else 0
-    height, width = (
-        multiple * max(round((side * scale - extra) / multiple), 1) + extra for side in size
-    )
-    return height, width
+    predictions = jnp.argmax(probabilities, -1).astype(jnp.uint8)
+    confusion = metrics.confusion_matrix(predictions, labels, probabilities.shape[-1])
+    tiny = jnp.finfo(probabilities.dtype).tiny
+    logits = jnp.log(jnp.maximum(probabilities, tiny))
+    return confusion, *losses.pixel_cross_entropy(logits, labels), predictions
 
 
-def full_matrix(features: int, seen: int, size: int, align_corners: bool) -> np.ndarray:
-    """Logits of `features` cells -> the `seen` pixels of the network's input -> `size` pixels of
-    the label, one axis of it: float64[size, features]. The reference also resizes in two steps.
-    """
-    up = resize_matrix(features, seen, align_corners)
-    return resize_matrix(seen, size, align_corners) @ up
+def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> Evaluator:
+    """The scoring of every image of `source` once, and the panels of some.
 
-
-class Batch(NamedTuple):
-    """Images that the network sees at one size, and their labels on canvases of one size.
-
-    A batch that could not be filled has rows of ignored labels at its end.
-    """
-
-    indices: list[int]  # of the examples, without the filled-up rows
-    originals: list[tuple[np.ndarray, np.ndarray]]  # their images and labels as they were read
-    images: np.ndarray  # uint8 [B, h, w, 3], as the network sees them
-    labels: np.ndarray  # uint8 [B, H, W], at the top left of a canvas of ignored pixels
-    rows: np.ndarray  # float [B, H, ceil(h / 8)]: `full_matrix` of each image's own height
-    columns: np.ndarray  # float [B, W, ceil(w / 8)]
-
-
-def make_batches(
-    examples: Iterable[tuple[int, np.ndarray, np.ndarray]],
-    size: int,
-    config: ConfigDict,
-) -> Iterator[Batch]:
-    """Groups (index, image, label) by the size that the network sees, `size` at a time."""
-    align_corners = config.model.align_corners
-    waiting: dict[tuple[int, int], list[tuple[int, np.ndarray, np.ndarray]]] = {}
-
-    def batch(key: tuple[int, int]) -> Batch:
-        height, width = key
-        group = waiting.pop(key)
-        # Few canvases: sides are powers of two, beyond the largest label of the group.
-        largest = np.max([label.shape for _, _, label in group], 0)
-        canvas = tuple(max(CANVAS, 1 << (int(side) - 1).bit_length()) for side in largest)
-        cells = (height + 7) // 8, (width + 7) // 8
-        images = np.zeros((size, height, width, 3), np.uint8)
-        labels = np.full((size, *canvas), IGNORE, np.uint8)
-        rows, columns = (np.zeros((size, c, n)) for c, n in zip(canvas, cells, strict=True))
-        for i, (_, image, label) in enumerate(group):
-            # Bilinear without antialiasing, as the reference resizes.
-            images[i] = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-            own_height, own_width = label.shape
-            labels[i, :own_height, :own_width] = label
-            rows[i, :own_height] = full_matrix(cells[0], height, own_height, align_corners)
-            columns[i, :own_width] = full_matrix(cells[1], width, own_width, align_corners)
-        indices, originals = [i for i, _, _ in group], [(x, y) for _, x, y in group]
-        return Batch(indices, originals, images, labels, rows, columns)
-
-    for example in examples:
-        own = example[2].shape
-        seen = network_size(own, config.eval.base_size, config.eval.multiple, align_corners)
-        group = waiting.setdefault(seen, [])
-        group.append(example)
-        if len(group) == size:
-            yield batch(seen)
-    for key in list(waiting):
-        yield batch(key)
-
-
-def score(
-    logits: jax.Array, labels: jax.Array, rows: jax.Array, columns: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Logits [B, h, w, C] against the other arrays of a `Batch`: confusion int32 [C, C], summed
-    cross-entropy, number of valid pixels, predictions uint8 [B, H, W].
-    """
-
-    def block(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
-        predictions = jnp.argmax(logits, -1).astype(jnp.uint8)
-        confusion = metrics.confusion_matrix(predictions, labels, logits.shape[-1])
-        return confusion, *losses.pixel_cross_entropy(logits, labels), predictions[0]
-
-    def one(logits: jax.Array, labels: jax.Array, *matrices: jax.Array) -> tuple[jax.Array, ...]:
-        return losses.map_row_blocks(block, logits[None], labels[None], *matrices)
-
-    confusion, loss, count, predictions = jax.vmap(one)(logits, labels, rows, columns)
-    predictions = predictions.reshape(len(labels), -1, labels.shape[2])[:, : labels.shape[1]]
-    return confusion.sum((0, 1)), loss.sum(), count.sum(), predictions
-
-
-def make_evaluator(
-    config: ConfigDict, model: pspnet.PSPNet, source: Source
-) -> Callable[[dict[str, Any], int], Result]:
-    """A function (variables, step) -> Result that scores every image of `source` once.
-
+    `evaluate(variables, step, write=None)` gives the Result; `write(number, prediction)` gets
+    every prediction, where it is given. `panels(variables, numbers)` looks at some images again.
     Every process scores every `process_count`-th image on its own devices, at its own pace; only
     the counts are summed over processes in the end.
     """
     mesh = local_mesh(config.mesh.data)
-    space = label_space(config.data.classes)
-    names = space.names
+    names = label_space(config.data.classes).names
     share = range(jax.process_index(), source.length, jax.process_count())
-    batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
-    panels_here = min(config.eval.panels, len(share))
-    shown = {share[int(i)] for i in np.linspace(0, len(share) - 1, panels_here)}
-    split, whole = split_batch(mesh), replicated(mesh)
-    # Two programs: the network compiles for each size that it sees, which are few, and the quick
-    # scoring for each canvas, with the true sizes as data.
-    forward = jax.jit(
-        lambda variables, images: model.apply(variables, pspnet.normalise(images, config), False)[
-            0
-        ],
-        in_shardings=(whole, split),
-        out_shardings=split,
-    )
-    score_fn = jax.jit(score, in_shardings=split, out_shardings=(whole, whole, whole, split))
+    programs = inference.make_programs(config, model, mesh)
+    score_tile = programs.on_tile(score)
 
-    def evaluate(variables: dict[str, Any], step: int) -> Result:
-        start = time.perf_counter()
-        local = jax.tree.map(lambda x: x.addressable_data(0), variables)
-        variables = jax.device_put(local, whole)
-        confusion = np.zeros((len(names), len(names)), np.int64)
-        loss, count, panels = 0.0, 0, {}
+    def read(number: int) -> list[Example]:
+        image, label = source.read(number)
+        blocks = protocols.blocks(image, config, len(names))
+        return [Example(number, image, label, block, len(blocks)) for block in blocks]
 
-        def read(batch: Batch, outputs: Any, bar: tqdm) -> None:
-            nonlocal confusion, loss, count
-            matrix, batch_loss, batch_count = jax.device_get(outputs[:3])
-            confusion = confusion + matrix
-            loss, count = loss + float(batch_loss), count + int(batch_count)
-            for row, index in enumerate(batch.indices):
-                if index in shown:
-                    image, label = batch.originals[row]
-                    prediction = np.asarray(outputs[3][row])[: len(label), : label.shape[1]]
-                    panels[index] = Panel(image, label, prediction)
-            bar.update(len(batch.indices))
+    def dispatch(variables: Any, batch: list[Example]) -> list[tuple[Size, Any]]:
+        blocks = [example.block for example in batch]
+        fields = programs.fields(variables, blocks)
+        outputs = []
+        for tile in inference.tiles(blocks, programs):
+            labels = np.full((programs.batch, *inference.TILE), IGNORE, np.uint8)
+            for row, example in enumerate(batch):
+                inside, outside = inference.overlap(example.block, tile.place)
+                labels[row][inside] = example.label[outside]
+            outputs.append((tile.place, score_tile(fields, tile, put_batch(labels, mesh))))
+        return outputs
 
-        examples = eval_examples(source, share, config.data.threads)
+    def scored(variables: Any, numbers: Iterable[int], predict: bool) -> Iterator[Scored]:
+        """Each image of `numbers`, in an order that depends on their sizes."""
+        unfinished: dict[int, Scored] = {}
+
+        def collect(batch: list[Example], outputs: list[tuple[Size, Any]]) -> Iterator[Scored]:
+            host = [(place, jax.device_get(o if predict else o[:3])) for place, o in outputs]
+            for row, (number, image, label, block, blocks) in enumerate(batch):
+                result = unfinished.setdefault(
+                    number, Scored(number, Panel(image, label, np.zeros_like(label)), blocks)
+                )
+                for place, (confusion, loss, count, *prediction) in host:
+                    result.confusion += confusion[row]
+                    result.loss += float(loss[row])
+                    result.count += int(count[row])
+                    if predict:
+                        inside, outside = inference.overlap(block, place)
+                        result.panel.prediction[outside] = prediction[0][row][inside]
+                result.blocks -= 1
+                if not result.blocks:
+                    yield unfinished.pop(number)
+
+        examples = read_ahead(read, numbers, config.data.threads)
         unread = None
+        for batch in inference.make_batches(examples, programs.batch):
+            outputs = dispatch(variables, batch)
+            if unread:
+                yield from collect(*unread)  # while the devices work on the next batch
+            unread = batch, outputs
+        if unread:
+            yield from collect(*unread)
+
+    def local(variables: Any) -> Any:
+        one = jax.tree.map(lambda x: x.addressable_data(0), variables)
+        return jax.device_put(one, replicated(mesh))
+
+    def panels(variables: Any, numbers: Iterable[int]) -> dict[int, Panel]:
+        if jax.process_index() or not numbers:
+            return {}
+        found = scored(local(variables), sorted(set(numbers)), predict=True)
+        return dict(sorted((result.number, result.panel) for result in found))
+
+    def evaluate(
+        variables: Any, step: int, write: Callable[[int, np.ndarray], None] | None = None
+    ) -> Result:
+        start = time.perf_counter()
+        confusion = np.zeros((len(names), len(names)), np.int64)
+        each = np.zeros(source.length)
+        loss, count = np.float64(0), np.int64(0)
         hidden = not report.on_terminal()
         with tqdm(
             total=len(share), desc='evaluating', unit='image', disable=hidden, leave=False
         ) as bar:
-            for batch in make_batches(examples, batch_size, config):
-                images, *others = put_batch(batch[2:], mesh)
-                outputs = score_fn(forward(variables, images), *others)
-                if unread:
-                    read(*unread, bar)  # while the devices work on the next batch
-                unread = batch, outputs
-            if unread:
-                read(*unread, bar)
-        confusion, loss, count = sum_over_processes((confusion, np.float64(loss), np.int64(count)))
+            for result in scored(local(variables), share, predict=write is not None):
+                confusion += result.confusion
+                loss, count = loss + result.loss, count + result.count
+                each[result.number] = (
+                    metrics.scores(result.confusion, names)['mIoU']
+                    if (result.confusion.any())
+                    else np.nan
+                )
+                if write:
+                    write(result.number, result.panel.prediction)
+                bar.update()
+        confusion, each, loss, count = sum_over_processes((confusion, each, loss, count))
         scores = {
             'step': step,
             'protocol': config.eval.protocol,
+            'scales': list(config.eval.scales),
+            'flip': protocols.flips(config),
+            'base_size': config.eval.base_size,
             'split': config.eval.split,
             'images': source.length,
             **metrics.scores(confusion, names),
+            **metrics.extra_scores(confusion, config.data.classes),
             'loss': float(loss) / max(int(count), 1),
             'seconds': time.perf_counter() - start,
         }
-        chosen = [panels[index] for index in sorted(panels)]
-        return Result(scores, confusion, report.draw_panels(chosen, space) if chosen else None)
+        kept = min(config.eval.panels, source.length)
+        spread = np.linspace(0, source.length - 1, kept).round().astype(int).tolist()
+        return Result(scores, confusion, each, panels(variables, spread))
 
-    return evaluate
+    return Evaluator(evaluate, panels)
 
 
 def sum_over_processes(tree: Any) -> Any:
@@ -231,26 +201,107 @@ def sum_over_processes(tree: Any) -> Any:
     return jax.tree.map(add, tree)
 
 
-def write_result(result: Result, workdir: str) -> str:
-    """Writes metrics.json, confusion.npy and panels.png; returns the folder they are in."""
+def folder_of(workdir: str, step: int, config: ConfigDict) -> str:
+    return f'{workdir}/eval/{step}-{config.eval.protocol}'
+
+
+def write_result(result: Result, workdir: str, config: ConfigDict) -> np.ndarray | None:
+    """Writes metrics.json, confusion.npy and panels.png; returns the latter uint8 [H, W, 3]."""
+    if jax.process_index():
+        return None
     scores = result.scores
-    folder = f'{workdir}/eval/{scores["step"]}-{scores["protocol"]}'
-    if jax.process_index() == 0:
-        tf.io.gfile.makedirs(folder)
-        for path in (f'{folder}/metrics.json', f'{workdir}/eval/metrics.json'):
-            with tf.io.gfile.GFile(path, 'w') as file:
-                file.write(json.dumps(scores, indent=2) + '\n')
-        with tf.io.gfile.GFile(f'{folder}/confusion.npy', 'wb') as file:
-            np.save(file, result.confusion)
-        if result.picture is not None:
-            report.write_png(f'{folder}/panels.png', result.picture)
-    return folder
+    folder = folder_of(workdir, scores['step'], config)
+    tf.io.gfile.makedirs(folder)
+    for path in (f'{folder}/metrics.json', f'{workdir}/eval/metrics.json'):
+        with tf.io.gfile.GFile(path, 'w') as file:
+            file.write(json.dumps(scores, indent=2) + '\n')
+    with tf.io.gfile.GFile(f'{folder}/confusion.npy', 'wb') as file:
+        np.save(file, result.confusion)
+    if not result.panels:
+        return None
+    picture = report.draw_panels(list(result.panels.values()), label_space(config.data.classes))
+    report.write_png(f'{folder}/panels.png', picture)
+    return picture
+
+
+def write_html(
+    result: Result,
+    panels: dict[str, dict[int, Panel]],
+    source: Source,
+    where: str,
+    folder: str,
+    config: ConfigDict,
+) -> None:
+    """Writes report.html; `panels`: {'best': {number: Panel}, ...}; where: the checkpoint."""
+    scores = result.scores
+    flip = 'with mirror images' if scores['flip'] else 'without mirror images'
+    sizes = f'base size {scores["base_size"] or "of each image"}'
+    devices = f'{jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process'
+    facts = {
+        'checkpoint': where,
+        'network': f'PSPNet-{config.model.depth}, bins {config.model.bins}, {config.dtype}',
+        'protocol': f'{scores["protocol"]}, scales {tuple(scores["scales"])}, {flip}, {sizes}',
+        'data': f'{scores["images"]} images of {scores["split"]!r}, {config.data[scores["split"]]}',
+        'time': f'{time.strftime("%Y-%m-%d %H:%M")}, {report.duration(scores["seconds"])}',
+        'devices': devices,
+        'versions': f'jax {jax.__version__}, numpy {np.__version__}',
+    }
+    shown = [
+        html_report.Shown(title, source.name(number).split(' ')[0], result.each[number], *panel)
+        for title, found in panels.items()
+        for number, panel in found.items()
+    ]
+    text = html_report.render(
+        scores, result.confusion, shown, label_space(config.data.classes), facts
+    )
+    with tf.io.gfile.GFile(f'{folder}/report.html', 'w') as file:
+        file.write(text)
+
+
+def ranked(each: np.ndarray, most: int = 3) -> dict[str, list[int]]:
+    """The best, median and worst images by their own mIoU, each number once."""
+    order = [int(i) for i in np.argsort(-each, kind='stable') if not np.isnan(each[i])]
+    most = min(most, len(order) // 3)
+    if not most:
+        return {'each': order}
+    middle = (len(order) - most) // 2
+    return {
+        'best': order[:most],
+        'median': order[middle : middle + most],
+        'worst': order[::-1][:most],
+    }
+
+
+def prediction_writer(
+    source: Source, folder: str, config: ConfigDict
+) -> Callable[[int, np.ndarray], None]:
+    """Writes FOLDER/predictions/NAME.png of an image in the form that the data set's server takes.
+
+    ADE20K: 1..150; Cityscapes: label ids; others: class ids with a palette, as PASCAL VOC's.
+    """
+    paths = [image for image, _ in source.files]
+    common = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ''
+    space = label_space(config.data.classes)
+
+    def write(number: int, prediction: np.ndarray) -> None:
+        name = paths[number][len(common) :].lstrip('/') if paths else source.name(number)
+        path = f'{folder}/predictions/{os.path.splitext(name)[0]}.png'
+        tf.io.gfile.makedirs(os.path.dirname(path))
+        stored = stored_ids(prediction, config.data.classes)
+        plain = config.data.classes in ('ade20k', 'cityscapes')
+        with tf.io.gfile.GFile(path, 'wb') as file:
+            file.write(labels_png(stored, None if plain else space))
+
+    return write
 
 
 def evaluate_checkpoint(
     config: ConfigDict | None, workdir: str, which: str, overrides: list[str]
 ) -> None:
-    """Scores a checkpoint and writes `WORKDIR/eval`; the configuration defaults to its own."""
+    """Scores a checkpoint and writes `WORKDIR/eval`; the configuration defaults to its own.
+
+    Of a split without labels it writes the predictions alone.
+    """
     path, step = checkpoint.find(workdir, which)
     try:
         tf.io.gfile.makedirs(f'{workdir}/eval')
@@ -258,20 +309,44 @@ def evaluate_checkpoint(
         raise UserError(
             f'{workdir}/eval: cannot be written ({error.message}); set --workdir'
         ) from error
-    if config is None:
-        config = from_json(checkpoint.read_meta(path, step)['config'])
-        apply_overrides(config, overrides)
-        check_config(config)
-    enable_float64(config)
+    config = config or checkpoint.config_of(path, step, overrides)
     source = make_source(config.data, config.eval.split)
     check_source(source)
-    model = pspnet.build(config)
-    shapes = jax.eval_shape(lambda: init_variables(model, config.seed))
-    mesh = local_mesh(config.mesh.data)
-    target = {name: on_devices(shapes[name], mesh) for name in ('params', 'batch_stats')}
-    variables = checkpoint.restore(path, step, target)
-    report.say(f'evaluating {path / str(step)} on {source.length} images of {config.eval.split!r}')
-    result = make_evaluator(config, model, source)(variables, step)
-    folder = write_result(result, workdir)
+    variables = restore_variables(config, path, step)
+    folder, where = folder_of(workdir, step, config), path / str(step)
+    write = prediction_writer(source, folder, config)
+    if not source.labelled:
+        predict_split(config, variables, source, write)
+        report.say(f'{source.length} predictions written to {folder}/predictions')
+        return
+    report.say(
+        f'evaluating {where} on {source.length} images of {config.eval.split!r} by protocol '
+        f'{config.eval.protocol}'
+    )
+    evaluator = make_evaluator(config, pspnet.build(config), source)
+    result = evaluator.evaluate(variables, step, write if config.eval.save_predictions else None)
+    write_result(result, workdir, config)
+    chosen = ranked(result.each)
+    found = evaluator.panels(variables, [n for numbers in chosen.values() for n in numbers])
+    if jax.process_index() == 0:
+        panels = {title: {n: found[n] for n in numbers} for title, numbers in chosen.items()}
+        write_html(result, panels, source, str(where), folder, config)
     report.say(report.class_table(result.scores))
     report.say(f'{report.headline(result.scores)}\nwritten to {folder}')
+
+
+def predict_split(
+    config: ConfigDict, variables: Any, source: Source, write: Callable[[int, np.ndarray], None]
+) -> None:
+    """Writes the predictions of every image, this process its share of them."""
+    share = range(jax.process_index(), source.length, jax.process_count())
+
+    def read(number: int) -> tuple[int, np.ndarray]:
+        return number, source.read(number)[0]
+
+    images = read_ahead(read, share, config.data.threads)
+    found = Predictor(config, variables).stream(images)
+    for number, _, prediction in tqdm(
+        found, total=len(share), desc='predicting', unit='image', disable=not report.on_terminal()
+    ):
+        write(number, prediction)

@@ -51,7 +51,8 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     'model.stem': ('deep', 'deep_small', 'conv7'),
     'model.dilation': ('full', 'contract', 'contract_first'),
     'model.pool': ('average', 'max'),
-    'eval.protocol': ('whole',),
+    'eval.protocol': ('whole', 'semseg', 'caffe', 'mmseg', 'mmseg_slide'),
+    'eval.flip': ('auto', 'true', 'false'),
     'eval.split': ('train', 'val', 'test'),
 }
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
@@ -79,6 +80,11 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         'data.scale',
         'two positive numbers, the lower first',
         lambda value: len(value) == 2 and 0 < value[0] <= value[1],
+    ),
+    (
+        'eval.scales',
+        'one positive number or more',
+        lambda value: len(value) > 0 and min(value) > 0,
     ),
     (
         'data.mean',

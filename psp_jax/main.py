@@ -11,14 +11,19 @@ from collections.abc import Sequence
 
 from psp_jax.command_line import Parser, exit_code, quieten_libraries, split_overrides
 
-FLAGS = ('--config', '--workdir', '--mode', '--checkpoint', '--output', '--help')
+FLAGS = (
+    *('--config', '--workdir', '--mode', '--checkpoint'),
+    *('--images', '--output', '--probabilities', '--help'),
+)
 EPILOG = """\
 modes:
-  train  train, evaluate and checkpoint as the config says; where DIR holds a checkpoint, the run
-         continues from it
-  eval   score a checkpoint and write DIR/eval/metrics.json; without --config, the checkpoint's own
-         configuration is used
-  export write a checkpoint's weights to --output FILE.safetensors, under semseg's names
+  train    train, evaluate and checkpoint as the config says; where DIR holds a checkpoint, the run
+           continues from it
+  eval     score a checkpoint: DIR/eval/metrics.json, and beside it a report to look at
+  predict  label maps and overlays of --images PICTURE_OR_DIR_OR_GLOB in --output DIR
+  export   write a checkpoint to --output FILE: its weights under semseg's names (.safetensors), or
+           the network as a program for jax alone (.jaxexport)
+  The last three take the configuration from the checkpoint unless --config is given.
 
 keys: psp_jax/config.py lists them all with their defaults. A value has the type of the default:
   --config.total_steps=1000  --config.data.root=/data/ade  --config.model.reduce=false
@@ -28,6 +33,7 @@ examples:
   python -m psp_jax.main --config configs/scenes.py
   python -m psp_jax.main --config configs/ade20k.py:depth=101,recipe=paper --workdir runs/r101
   python -m psp_jax.main --mode eval --workdir runs/r101 --checkpoint best
+  python -m psp_jax.main --mode predict --workdir runs/r101 --images photos --output labels
 
 exit codes: 0 done, 2 an error of the user's (one line on stderr says which), 130 interrupted
 """
@@ -46,7 +52,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage='%(prog)s --config configs/NAME.py[:arg=value,...] [--workdir DIR] [--mode MODE] '
         '[--config.key=value ...]',
-        description='Trains, evaluates and exports PSPNet.',
+        description='Trains, evaluates, runs and exports PSPNet.',
     )
     parser.add_argument(
         '--config',
@@ -60,16 +66,26 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument(
         '--mode',
-        choices=('train', 'eval', 'export'),
+        choices=('train', 'eval', 'predict', 'export'),
         default='train',
-        help='train (default), eval or export',
+        help='train (default), eval, predict or export',
     )
     parser.add_argument(
         '--checkpoint',
         metavar='WHICH',
-        help='for eval and export: latest (default), best, a step number or a path',
+        help='for all but train: latest (default), best, a step number or a path',
     )
-    parser.add_argument('--output', metavar='FILE', help='for export: the file to be written')
+    parser.add_argument(
+        '--images', metavar='WHICH', help='for predict: a picture, a folder or a quoted glob'
+    )
+    parser.add_argument(
+        '--output', metavar='PATH', help='for predict: a folder; for export: a file'
+    )
+    parser.add_argument(
+        '--probabilities',
+        action='store_true',
+        help='for predict: the probabilities too, as .npy of float16 [H, W, classes]',
+    )
     flags, unknown = parser.parse_known_args(words)
     if unknown and unknown[0].startswith('-'):
         from psp_jax.config import nearest
@@ -81,13 +97,15 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if flags.mode == 'train' and flags.config is None:
         parser.error('--mode train needs --config, such as --config configs/scenes.py')
     if flags.mode == 'train' and flags.checkpoint is not None:
-        parser.error(
-            '--checkpoint is for --mode eval and export; training continues from --workdir'
-        )
+        parser.error('--checkpoint is for the other modes; training continues from --workdir')
     if flags.workdir is None and flags.config is None:
         parser.error(f'--mode {flags.mode} needs --config or --workdir')
-    if (flags.mode == 'export') != (flags.output is not None):
-        parser.error('--mode export and --output FILE.safetensors go together')
+    if (flags.mode in ('predict', 'export')) != (flags.output is not None):
+        parser.error('--output PATH goes together with --mode predict or export')
+    if (flags.mode == 'predict') != (flags.images is not None):
+        parser.error('--images WHICH goes together with --mode predict')
+    if flags.probabilities and flags.mode != 'predict':
+        parser.error('--probabilities goes together with --mode predict')
     return flags, overrides
 
 
@@ -105,18 +123,25 @@ def run(argv: Sequence[str]) -> None:
     workdir = flags.workdir or os.path.join('runs', name)
 
     quieten_libraries()
+    which = flags.checkpoint or 'latest'
     if config is not None and flags.mode == 'train':
         from psp_jax import train
 
         train.train_and_evaluate(config, workdir, name)
-    elif flags.mode == 'export':
-        from psp_jax import export
-
-        export.export_weights(workdir, flags.checkpoint or 'latest', flags.output)
-    else:
+    elif flags.mode == 'eval':
         from psp_jax import evaluate
 
-        evaluate.evaluate_checkpoint(config, workdir, flags.checkpoint or 'latest', overrides)
+        evaluate.evaluate_checkpoint(config, workdir, which, overrides)
+    elif flags.mode == 'predict':
+        from psp_jax import predict
+
+        predict.predict_checkpoint(
+            config, workdir, which, overrides, flags.images, flags.output, flags.probabilities
+        )
+    else:
+        from psp_jax import export
+
+        export.export_checkpoint(config, workdir, which, overrides, flags.output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from psp_jax.data.labels import CITYSCAPES_CATEGORIES
+
 
 def confusion_matrix(predictions: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
     """Counts pixels by (label, prediction), ignoring label 255: int32[classes, classes].
@@ -56,3 +58,22 @@ def scores(confusion: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
             for i, name in enumerate(names)
         ],
     }
+
+
+def extra_scores(confusion: np.ndarray, classes: str) -> dict[str, Any]:
+    """What a data set's own benchmark reports besides.
+
+    'ade20k': `challenge_score`, the mean of mIoU (a class of empty union counts 0) and pixel
+    accuracy, by which the scene parsing challenge ranks. 'cityscapes': `categories`, the IoU of
+    each group of classes, and their mean `category_mIoU`, as cityscapesscripts.
+    """
+    if classes == 'ade20k':
+        found = scores(confusion, ('',) * len(confusion))
+        return {'challenge_score': (found['mIoU_all'] + found['allAcc']) / 2}
+    if classes == 'cityscapes':
+        names = tuple(dict.fromkeys(CITYSCAPES_CATEGORIES))
+        member = np.array([[c == name for c in CITYSCAPES_CATEGORIES] for name in names], np.int64)
+        found = scores(member @ confusion @ member.T, names)
+        ious = {c['name']: c['iou'] for c in found['classes']}
+        return {'category_mIoU': found['mIoU'], 'categories': ious}
+    return {}

@@ -123,9 +123,13 @@ def class_table(scores: dict[str, Any]) -> str:
 
 
 def headline(scores: dict[str, Any]) -> str:
+    extra = ''
+    for name in ('challenge_score', 'category_mIoU'):
+        if name in scores:
+            extra += f'  {name.replace("_", " ")} {100 * scores[name]:.2f}'
     return (
         f'mIoU {100 * scores["mIoU"]:.2f}  mAcc {100 * scores["mAcc"]:.2f}'
-        f'  allAcc {100 * scores["allAcc"]:.2f}  loss {scores["loss"]:.4f}'
+        f'  allAcc {100 * scores["allAcc"]:.2f}{extra}  loss {scores["loss"]:.4f}'
         f'  ({scores["images"]} images, {duration(scores["seconds"])})'
     )
 
@@ -159,10 +163,10 @@ def draw_panels(panels: list[Any], space: LabelSpace) -> np.ndarray:
     header = np.full((24, grid.shape[1], 3), 255, np.uint8)
     for i, title in enumerate(('image', 'label', 'prediction')):
         _text(header, title, (6 + i * grid.shape[1] // 3, 17))
-    return np.concatenate([header, grid, _legend(sorted(present), space, grid.shape[1])])
+    return np.concatenate([header, grid, legend(sorted(present), space, grid.shape[1])])
 
 
-def _legend(ids: list[int], space: LabelSpace, width: int) -> np.ndarray:
+def legend(ids: list[int], space: LabelSpace, width: int) -> np.ndarray:
     """Coloured squares with the names of classes, in lines of at most `width` pixels."""
     columns = max(width // 150, 1)
     picture = np.full((24 * -(-(len(ids) + 1) // columns), width, 3), 255, np.uint8)

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from psp_jax.model.pspnet import PSPNet
+from psp_jax import checkpoint
+from psp_jax.mesh import local_mesh, on_devices
+from psp_jax.model.pspnet import PSPNet, build
 
 
 @flax.struct.dataclass
@@ -44,3 +46,14 @@ def enable_float64(config: ConfigDict) -> None:
     """Lets JAX compute in float64 where the configuration asks for it (for exact comparisons)."""
     if config.dtype == 'float64':
         jax.config.update('jax_enable_x64', True)
+
+
+def restore_variables(config: ConfigDict, path: Any, step: int) -> dict[str, Any]:
+    """`params` and `batch_stats` of a checkpoint, on each of this process's devices.
+
+    Raises UserError where they do not fit the network of `config`.
+    """
+    enable_float64(config)
+    shapes = jax.eval_shape(lambda: init_variables(build(config), config.seed))
+    target = {name: shapes[name] for name in ('params', 'batch_stats')}
+    return checkpoint.restore(path, step, on_devices(target, local_mesh(config.mesh.data)))

@@ -123,7 +123,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     make_state = jax.jit(
         lambda: create_state(model, tx, config.seed), out_shardings=replicated(mesh)
     )
-    evaluate_fn = evaluate.make_evaluator(config, model, eval_source)
+    evaluator = evaluate.make_evaluator(config, model, eval_source)
 
     # ---- A run that was interrupted goes on
     manager = checkpoint.open_manager(workdir, config.checkpoint_keep)
@@ -215,8 +215,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
             unread, result = None, None
             if evaluated:
                 variables = {'params': state.params, 'batch_stats': state.batch_stats}
-                result = evaluate_fn(variables, step)
-                report_evaluation(result, workdir, writer)
+                result = evaluator.evaluate(variables, step)
+                report_evaluation(result, workdir, writer, config)
             meta = {
                 'config': to_json(config),
                 'examples': source.length,
@@ -255,16 +255,18 @@ def not_finite(step: int, loss: float, source: Source, config: ConfigDict) -> st
     )
 
 
-def report_evaluation(result: evaluate.Result, workdir: str, writer: report.Writer) -> None:
+def report_evaluation(
+    result: evaluate.Result, workdir: str, writer: report.Writer, config: ConfigDict
+) -> None:
     """Files, the table and TensorBoard for one evaluation during training."""
     scores = result.scores
-    evaluate.write_result(result, workdir)
+    picture = evaluate.write_result(result, workdir, config)
     report.say(report.class_table(scores))
     report.say(f'step {scores["step"]}  {report.headline(scores)}')
     names = ('mIoU', 'mIoU_all', 'mAcc', 'allAcc', 'loss')
     writer.scalars(scores['step'], {f'{scores["split"]}/{name}': scores[name] for name in names})
-    if result.picture is not None:
-        writer.image(scores['step'], 'panels', result.picture)
+    if picture is not None:
+        writer.image(scores['step'], 'panels', picture)
 
 
 def versions() -> dict[str, str]:

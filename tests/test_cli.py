@@ -183,8 +183,11 @@ def test_the_evaluated_checkpoint_is_the_latest_the_best_a_step_or_a_path(
     monkeypatch.setattr(
         evaluate,
         'make_evaluator',
-        lambda config, model, source: (
-            lambda variables, step: evaluate.Result(scores[step], np.zeros((10, 10)), None)
+        lambda config, model, source: evaluate.Evaluator(
+            lambda variables, step, write: evaluate.Result(
+                scores[step], np.zeros((10, 10), np.int64), np.full(3, np.nan), {}
+            ),
+            lambda variables, numbers: {},
         ),
     )
     path = trained.workdir / 'checkpoints' / '5'

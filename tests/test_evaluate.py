@@ -1,6 +1,7 @@
 """Evaluation against a naive loop over images, whatever the batch size and number of devices."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 
+from psp_jax import protocols
 from psp_jax.config import default_config
 from psp_jax.data.sources import Source
-from psp_jax.evaluate import full_matrix, make_batches, network_size
+from psp_jax.inference import Example, make_batches
 from psp_jax.model import pspnet
 from psp_jax.state import enable_float64, init_variables
 
@@ -21,8 +23,10 @@ SIZES = [(40, 57), (33, 33), (64, 48)]
 CLASSES = 5
 
 
-def config_of_test(batch_size=4, base_size=49):
+def config_of_test(batch_size=4, base_size=49, protocol='whole'):
     config = default_config()
+    config.eval.protocol, config.data.crop = protocol, 33
+    batch_size = batch_size or 1
     config.dtype = 'float64'
     config.data.classes = str(CLASSES)
     config.data.threads = 2
@@ -86,92 +90,96 @@ def naive_confusion(variables, model, config):
     return confusion
 
 
-def test_every_image_counts_exactly_once(tmp_path):
-    """Promise 6: the same counts at any batch size, on one device or eight, as a naive loop's."""
-    script = (
-        'import jax, sys, numpy as np\n'
-        'jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))\n'
-        'import test_evaluate as t\n'
-        'from psp_jax.evaluate import make_evaluator\n'
-        'config = t.config_of_test()\n'
-        'variables, model = t.variables_and_model(config)\n'
-        'out = {}\n'
-        'for batch_size in map(int, sys.argv[3:]):\n'
-        '    config = t.config_of_test(batch_size)\n'
-        '    result = make_evaluator(config, model, t.SOURCE)(variables, 7)\n'
-        '    assert result.scores["step"] == 7 and result.scores["images"] == 11\n'
-        '    out[f"b{batch_size}"] = result.confusion\n'
-        'if sys.argv[1] == "1":\n'
-        '    out["naive"] = t.naive_confusion(variables, model, config)\n'
-        'np.savez(sys.argv[2], **out)\n'
-    )
-    found = {}
-    for devices, batch_sizes in ((1, ('1', '4', '16')), (8, ('3',))):
-        path = tmp_path / f'{devices}.npz'
-        subprocess.run(
-            [sys.executable, '-c', script, str(devices), str(path), *batch_sizes],
-            check=True,
-            timeout=900,
+SCRIPT = """
+import sys
+import jax, numpy as np
+devices, processes, process, port, path, *runs = sys.argv[1:]
+jax.config.update('jax_num_cpu_devices', int(devices))
+if processes != '1':
+    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+    jax.distributed.initialize(f'localhost:{port}', int(processes), int(process))
+import test_evaluate as t
+from psp_jax.evaluate import make_evaluator
+out = {}
+for run in runs:
+    protocol, batch_size = run.split(',')
+    config = t.config_of_test(int(batch_size), protocol=protocol)
+    variables, model = t.variables_and_model(config)
+    if batch_size == '0':
+        out[run] = t.naive_confusion(variables, model, config)
+        continue
+    evaluator = make_evaluator(config, model, t.SOURCE)
+    result = evaluator.evaluate(variables, 7)
+    assert result.scores['step'] == 7 and result.scores['images'] == 11
+    out[run], out[f'each of {run}'] = result.confusion, result.each
+    assert sorted(result.panels) == ([0, 10] if process == '0' else [])
+if process == '0':
+    np.savez(path, **out)
+"""
+
+
+def confusions(folder, devices, runs, processes=1):
+    """What `runs` ('PROTOCOL,BATCH_SIZE', 0 for the naive loop) count, on so many CPU devices."""
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    path = folder / f'{devices}x{processes}.npz'
+    workers = [
+        subprocess.Popen(
+            [sys.executable, '-c', SCRIPT, *map(str, (devices, processes, i, port, path)), *runs],
             env={**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'},
         )
-        found |= {f'{devices} devices, {k}': v for k, v in np.load(path).items()}
+        for i in range(processes)
+    ]
+    assert [worker.wait(timeout=900) for worker in workers] == [0] * processes
+    return {f'{processes} x {devices}, {k}': v for k, v in np.load(path).items()}
+
+
+def test_every_image_counts_exactly_once(tmp_path):
+    """Promise 6: the same counts at any batch size, on one device, eight, or two processes with
+    two, as a naive loop's."""
+    found = confusions(tmp_path, 1, ['whole,0', 'whole,1', 'whole,4', 'whole,16', 'semseg,3'])
+    found |= confusions(tmp_path, 8, ['whole,3', 'semseg,8'])
+    found |= confusions(tmp_path, 2, ['whole,3', 'semseg,4'], processes=2)
     valid = sum(int((read(i)[1] != 255).sum()) for i in range(SOURCE.length))
-    naive = found['1 devices, naive']
-    assert naive.sum() == valid
-    assert (naive.sum(0) > 0).sum() >= 2  # the network does not say the same everywhere
-    for name, confusion in found.items():
-        assert confusion.dtype == np.int64
-        np.testing.assert_array_equal(confusion, naive, err_msg=name)
+    for protocol in ('whole', 'semseg'):
+        of_protocol = {k: v for k, v in found.items() if protocol in k and 'each' not in k}
+        first = next(iter(of_protocol.values()))
+        assert first.sum() == valid
+        assert (first.sum(0) > 0).sum() >= 2  # the network does not say the same everywhere
+        for name, confusion in of_protocol.items():
+            assert confusion.dtype == np.int64
+            np.testing.assert_array_equal(confusion, first, err_msg=name)
+        each = [v for k, v in found.items() if protocol in k and 'each' in k]
+        for other in each:
+            np.testing.assert_array_equal(other, each[0])
 
 
-def test_batches_hold_every_example_once():
-    config = config_of_test()
-    seen = []
-    for batch in make_batches(((i, *read(i)) for i in range(11)), 4, config):
-        assert len(batch.images) == len(batch.labels) == len(batch.rows) == 4
-        assert (batch.labels[len(batch.indices) :] == 255).all()
-        for row, index in enumerate(batch.indices):
-            image, label = read(index)
-            np.testing.assert_array_equal(batch.originals[row][0], image)
-            height, width = label.shape
-            np.testing.assert_array_equal(batch.labels[row, :height, :width], label)
-            # Nothing else on the canvas counts.
-            assert (batch.labels[row] != 255).sum() == (label != 255).sum()
-        seen += batch.indices
-    assert sorted(seen) == list(range(11))
+def examples_of(sizes, config):
+    """What evaluation makes of images of these sizes."""
+    for number, size in enumerate(sizes):
+        image, label = np.zeros((*size, 3), np.uint8), np.zeros(size, np.uint8)
+        blocks = protocols.blocks(image, config, CLASSES)
+        yield [Example(number, image, label, block, len(blocks)) for block in blocks]
 
 
-def test_hundreds_of_image_sizes_compile_few_networks():
-    config = config_of_test(base_size=512)
-    config.eval.multiple = 64
+@pytest.mark.parametrize('protocol', ['whole', 'semseg'])
+def test_batches_hold_every_example_once(protocol):
+    config = config_of_test(protocol=protocol)
+    rng = np.random.default_rng(0)
+    sizes = [tuple(rng.integers(20, 90, 2)) for _ in range(40)]
+    batches = list(make_batches(examples_of(sizes, config), 3))
+    assert sorted(example.number for batch in batches for example in batch) == list(range(40))
+    for batch in batches:
+        assert 1 <= len(batch) <= 3
+        assert len({example.block.kind for example in batch}) == 1
+
+
+@pytest.mark.parametrize('protocol', ['whole', 'mmseg'])
+def test_hundreds_of_image_sizes_compile_few_networks(protocol):
+    config = config_of_test(base_size=512, protocol=protocol)
+    config.eval.multiple = 64 if protocol == 'whole' else 256
     rng = np.random.default_rng(0)
     sizes = [tuple(rng.integers(200, 1200, 2)) for _ in range(300)]
-    examples = (
-        (i, np.zeros((*s, 3), np.uint8), np.zeros(s, np.uint8)) for i, s in enumerate(sizes)
-    )
-    batches = [(b.images.shape, len(b.indices)) for b in make_batches(examples, 4, config)]
-    assert sum(count for _, count in batches) == 300
-    assert len({shape for shape, _ in batches}) <= 15
-
-
-@pytest.mark.parametrize(
-    ('size', 'base', 'multiple', 'align_corners', 'expected'),
-    [
-        ((360, 480), 481, 8, True, (361, 481)),
-        ((1024, 2048), 2048, 8, True, (1025, 2049)),
-        ((473, 473), 0, 8, True, (473, 473)),
-        ((512, 683), 512, 8, True, (385, 513)),
-        ((512, 683), 512, 8, False, (384, 512)),
-        ((512, 700), 512, 64, True, (385, 513)),
-        ((5, 5), 0, 8, True, (9, 9)),
-    ],
-)
-def test_network_sees_sizes_that_fit_its_stride(size, base, multiple, align_corners, expected):
-    assert network_size(size, base, multiple, align_corners) == expected
-
-
-def test_logits_are_resized_in_the_references_two_steps():
-    line = np.random.default_rng(0).normal(size=61)
-    once = np.interp(np.linspace(0, 60, 481), np.arange(61), line)
-    twice = np.interp(np.linspace(0, 480, 480), np.arange(481), once)
-    np.testing.assert_allclose(full_matrix(61, 481, 480, True) @ line, twice, atol=1e-12)
+    kinds = {e.block.kind for es in examples_of(sizes, config) for e in es}
+    assert len(kinds) <= 15

@@ -263,3 +263,24 @@ def test_padding_is_symmetric_at_even_sizes():
         ones, jnp.ones((3, 3, 1, 1)), (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
     assert not np.array_equal(same, y)
+
+
+@pytest.mark.parametrize(
+    ('pool', 'align_corners', 'stem'), [('average', True, 'deep_small'), ('max', False, 'conv7')]
+)
+def test_images_on_a_larger_canvas_get_their_own_logits(pool, align_corners, stem):
+    model = PSPNet(5, 18, stem, head_width=16, aux_width=0, pool=pool, align_corners=align_corners)
+    sizes = [(97, 57), (64, 120), (33, 113), (7, 90)]
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(4, 97, 120, 3)).astype(np.float32)  # beyond an image is noise
+    images[1, 64:] = np.nan
+    variables = jax.jit(lambda x: model.init(jax.random.key(0), x, False))(images)
+    variables['batch_stats'] = jax.tree.map(lambda x: x + 0.3, variables['batch_stats'])
+    together = jax.jit(lambda v, x, s: model.apply(v, x, False, s)[0])(
+        variables, images, np.asarray(sizes, np.int32)
+    )
+    alone = jax.jit(lambda v, x: model.apply(v, x, False)[0])
+    for (height, width), image, logits in zip(sizes, images, together, strict=True):
+        expected = alone(variables, image[None, :height, :width])[0]
+        own = logits[: expected.shape[0], : expected.shape[1]]
+        np.testing.assert_allclose(own, expected, atol=1e-5 * float(jnp.ptp(expected)))

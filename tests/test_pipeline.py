@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import psp_jax
-from psp_jax.data.pipeline import eval_examples, example_index, train_batches
+from psp_jax.data.pipeline import example_index, read_ahead, train_batches
 from psp_jax.data.sources import Source, make_source
 from psp_jax.errors import UserError
 
@@ -220,16 +220,16 @@ def test_evaluation_reads_in_order_and_any_subset():
 
     def slow_start(index):
         time.sleep(0.05 if index % 5 == 0 else 0.0)
-        return source.read(index)
+        return index, *source.read(index)
 
     wanted = [*range(0, 30, 2), 5, 5, 29]
-    got = list(eval_examples(source._replace(read=slow_start), wanted, threads=4))
+    got = list(read_ahead(slow_start, wanted, threads=4))
     assert [index for index, _, _ in got] == wanted
     for index, image, label in got:
         want_image, want_label = source.read(index)
         np.testing.assert_array_equal(image, want_image)
         np.testing.assert_array_equal(label, want_label)
-    assert list(eval_examples(source, [], threads=0)) == []
+    assert list(read_ahead(slow_start, [], threads=0)) == []
 
 
 def test_evaluation_reads_ahead_in_parallel_but_not_without_bound():
@@ -240,10 +240,10 @@ def test_evaluation_reads_ahead_in_parallel_but_not_without_bound():
             begun.append(index)
         if index < 3:
             together.wait(timeout=30)  # passes only where three read at the same time
-        return noise_source().read(index)
+        return index
 
-    stream = eval_examples(Source(1000, str, read), range(1000), threads=3)
-    assert next(stream)[0] == 0
+    stream = read_ahead(read, range(1000), threads=3)
+    assert next(stream) == 0
     time.sleep(0.3)
     assert len(begun) <= 7  # two a thread, and the one that was asked for
     stream.close()
@@ -254,9 +254,9 @@ def test_an_error_in_evaluation_comes_where_its_example_would():
     def read(index):
         if index == 3:
             raise UserError('3.jpg cannot be decoded')
-        return noise_source().read(index)
+        return index
 
-    stream = eval_examples(Source(9, str, read), range(9), threads=2)
-    assert [next(stream)[0] for _ in range(3)] == [0, 1, 2]
+    stream = read_ahead(read, range(9), threads=2)
+    assert [next(stream) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(UserError, match='^3.jpg cannot be decoded$'):
         next(stream)

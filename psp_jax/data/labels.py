@@ -74,6 +74,17 @@ _TABLES = {'ade20k': _ADE20K, 'voc2012': _VOC2012, 'cityscapes': _CITYSCAPES, 'c
 # labelIds of Cityscapes that are evaluated, in the order of their train ids.
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
+# The category of each of the 19 classes.
+CITYSCAPES_CATEGORIES = (
+    *('flat',) * 2,
+    *('construction',) * 3,
+    *('object',) * 3,
+    *('nature',) * 2,
+    'sky',
+    *('human',) * 2,
+    *('vehicle',) * 6,
+)
+
 
 def label_space(classes: str) -> LabelSpace:
     """Returns the label space that `data.classes` describes.
@@ -109,6 +120,18 @@ def label_space(classes: str) -> LabelSpace:
     if not 1 <= len(names) <= IGNORE:
         raise UserError(f'data.classes = {classes!r} has {len(names)} classes: {allowed}')
     return LabelSpace(names, _distinct_colors(len(names)))
+
+
+def stored_ids(ids: np.ndarray, classes: str) -> np.ndarray:
+    """Class ids uint8 [H, W] as the data set's own benchmark wants them in a file.
+
+    'ade20k': 1..150. 'cityscapes': the label ids. Any other `data.classes`: as they are.
+    """
+    if classes == 'ade20k':
+        return ids + np.uint8(1)
+    if classes == 'cityscapes':
+        return np.array(_CITYSCAPES_IDS, np.uint8)[ids]
+    return ids
 
 
 def label_table(label_map: str) -> np.ndarray:

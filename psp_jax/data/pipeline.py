@@ -10,8 +10,9 @@ import contextlib
 import os
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -21,6 +22,9 @@ from ml_collections import ConfigDict
 from psp_jax.data.augment import augment
 from psp_jax.data.sources import Source
 from psp_jax.errors import UserError
+
+K = TypeVar('K')
+T = TypeVar('T')
 
 cv2.setNumThreads(0)  # examples are worked on in parallel, one thread each
 for _kind in ('GPU', 'TPU'):
@@ -117,26 +121,22 @@ def train_batches(
     return iterator
 
 
-def eval_examples(
-    source: Source, indices: Iterable[int], threads: int
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yields (index, image uint8 [H, W, 3], label uint8 [H, W]) for `indices`, in their order.
+def read_ahead(read: Callable[[K], T], keys: Iterable[K], threads: int) -> Iterator[T]:
+    """Yields read(key) for all `keys`, in their order.
 
-    threads: how many read at the same time (0 = all cores); twice as many examples are read ahead.
-    What `source.read` raises comes out where its example would have.
+    threads: how many read at the same time (0 = all cores); twice as many are read ahead. What
+    `read` raises comes out where its result would have.
     """
     threads = threads or os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads)
     pending: deque = deque()
     try:
-        for index in indices:
-            pending.append((index, pool.submit(source.read, index)))
+        for key in keys:
+            pending.append(pool.submit(read, key))
             if len(pending) > 2 * threads:
-                index, future = pending.popleft()
-                yield index, *future.result()
+                yield pending.popleft().result()
         while pending:
-            index, future = pending.popleft()
-            yield index, *future.result()
+            yield pending.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -8,7 +8,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from psp_jax.data.labels import IGNORE, label_space, label_table
 from psp_jax.errors import UserError
 
-_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.gif')
+PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.gif')
 
 
 class Source(NamedTuple):
@@ -28,12 +28,14 @@ class Source(NamedTuple):
     read: index -> (image uint8 [H, W, 3] RGB, label uint8 [H, W] classes, 255 = ignore); raises
         UserError, naming the file, where the example is missing or bad.
     files: the (image, label) path pairs; empty where nothing is stored.
+    labelled: False where the split has no labels; those of `read` are None then.
     """
 
     length: int
     name: Callable[[int], str]
-    read: Callable[[int], tuple[np.ndarray, np.ndarray]]
+    read: Callable[[int], tuple[np.ndarray, Any]]
     files: Sequence[tuple[str, str]] = ()
+    labelled: bool = True
 
 
 def make_source(data: ConfigDict, split: str) -> Source:
@@ -42,6 +44,7 @@ def make_source(data: ConfigDict, split: str) -> Source:
     data.source 'list':   data[split] is a file of lines `image label`
                 'dirs':   data[split] is 'IMAGES_DIR,LABELS_DIR'
                 'scenes': data[split] is 'FIRST:LAST', scenes FIRST to LAST - 1
+    The split 'test' may have images alone: lines `image`, or 'IMAGES_DIR'.
     Paths are relative to data.root, absolute, or of the form scheme://...
     Raises UserError where the description is wrong or the set is empty.
     """
@@ -51,7 +54,7 @@ def make_source(data: ConfigDict, split: str) -> Source:
     if data.source == 'scenes':
         return _scenes_source(data, split)
     if data.source == 'list':
-        files = _read_list(_join(data.root, data[split]), data.root)
+        files = _read_list(_join(data.root, data[split]), data.root, split == 'test')
     elif data.source == 'dirs':
         files = _pair_dirs(data, where)
     else:
@@ -59,9 +62,11 @@ def make_source(data: ConfigDict, split: str) -> Source:
     classes = len(label_space(data.classes).names)
     table = label_table(data.label_map)
 
-    def read(index: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(index: int) -> tuple[np.ndarray, Any]:
         image_path, label_path = files[index]
-        image = _read_image(image_path)
+        image = read_image(image_path)
+        if not label_path:
+            return image, None
         stored = _read_label(label_path)
         if image.shape[:2] != stored.shape:
             sizes = [f'{a.shape[1]}x{a.shape[0]}' for a in (image, stored)]
@@ -71,7 +76,8 @@ def make_source(data: ConfigDict, split: str) -> Source:
             )
         return image, _to_classes(stored, table, classes, data.label_map, label_path)
 
-    return Source(len(files), lambda i: ' '.join(files[i]), read, files)
+    labelled = bool(files[0][1])
+    return Source(len(files), lambda i: ' '.join(files[i]).strip(), read, files, labelled)
 
 
 def check_source(source: Source, examples: int = 64) -> None:
@@ -80,7 +86,7 @@ def check_source(source: Source, examples: int = 64) -> None:
     Raises the UserError of the first problem, in the order of the set.
     """
     with ThreadPoolExecutor(32) as pool:
-        paths = [path for pair in source.files for path in pair]
+        paths = [path for pair in source.files for path in pair if path]
         missing = [p for p, there in zip(paths, pool.map(_exists, paths), strict=True) if not there]
         if missing:
             more = f' (and {len(missing) - 1} more of {len(paths)} files)' if missing[1:] else ''
@@ -113,18 +119,21 @@ def _scenes_source(data: ConfigDict, split: str) -> Source:
     return Source(len(indices), name, read)
 
 
-def _read_list(path: str, root: str) -> list[tuple[str, str]]:
+def _read_list(path: str, root: str, may_lack_labels: bool) -> list[tuple[str, str]]:
     try:
         text = _read_bytes(path).decode('utf-8-sig')
     except UnicodeDecodeError:
         raise UserError(f'{path} is not a text file in UTF-8') from None
-    pairs = []
+    pairs, unlabelled = [], 0
     for number, line in enumerate(text.split('\n'), 1):
         if not line.strip():
             continue
         fields = line.split('\t') if '\t' in line else line.strip().rsplit(' ', 1)
         fields = [field.strip() for field in fields]
-        if len(fields) != 2 or not all(fields):
+        if may_lack_labels and (len(fields) == 1 or not fields[-1].lower().endswith(PICTURES)):
+            fields = [line.strip(), '']
+            unlabelled += 1
+        elif len(fields) != 2 or not all(fields):
             raise UserError(
                 f'{path}:{number}: {line.strip()!r} is not `image label` '
                 '(two paths, separated by a tab or by the last space)'
@@ -132,6 +141,8 @@ def _read_list(path: str, root: str) -> list[tuple[str, str]]:
         pairs.append(fields)
     if not pairs:
         raise UserError(f'{path} lists no example')
+    if 0 < unlabelled < len(pairs):
+        raise UserError(f'{path}: {unlabelled} of {len(pairs)} lines have no label; all or none')
     # Lists of PASCAL VOC begin paths with a slash and mean the data set's folder by it. One path
     # decides for the whole list, which may be long and on a slow file system.
     slashed = next((field for pair in pairs for field in pair if field.startswith('/')), '')
@@ -139,12 +150,17 @@ def _read_list(path: str, root: str) -> list[tuple[str, str]]:
         below_root = _exists(root.rstrip('/') + slashed)
         if below_root or not _exists(os.path.dirname(slashed)):
             pairs = [[field.lstrip('/') for field in pair] for pair in pairs]
-    return [(_join(root, image), _join(root, label)) for image, label in pairs]
+    return [(_join(root, image), label and _join(root, label)) for image, label in pairs]
 
 
 def _pair_dirs(data: ConfigDict, where: str) -> list[tuple[str, str]]:
     spec = data[where.removeprefix('data.')]
     folders = [_join(data.root, part.strip()) for part in spec.split(',')]
+    if len(folders) == 1 and where == 'data.test':
+        found = _list_dir(folders[0])
+        if not found:
+            raise UserError(f'{where}: {folders[0]} holds no image')
+        return [(found[stem], '') for stem in sorted(found)]
     if len(folders) != 2:
         raise UserError(f"{where} = {spec!r}: use 'IMAGES_DIR,LABELS_DIR'")
     images, labels = (_list_dir(folder) for folder in folders)
@@ -169,7 +185,7 @@ def _list_dir(folder: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for parent, _, names in walk:
         for name in sorted(names):
-            if name.startswith('.') or not name.lower().endswith(_SUFFIXES):
+            if name.startswith('.') or not name.lower().endswith(PICTURES):
                 continue
             path = os.path.join(parent, name)
             stem = os.path.splitext(path)[0][len(folder) :].lstrip('/')
@@ -179,7 +195,7 @@ def _list_dir(folder: str) -> dict[str, str]:
     return found
 
 
-def _read_image(path: str) -> np.ndarray:
+def read_image(path: str) -> np.ndarray:
     """Decodes to uint8 [H, W, 3] RGB, turned as its EXIF orientation says."""
     content = _read_bytes(path)
     try:

@@ -91,8 +91,28 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1) ->
     return spatial_conv(x, kernel, stride, dilation)
 
 
+def zero_filler(x: jax.Array, cells: jax.Array | None) -> jax.Array:
+    """[B, H, W, C] with zeros beyond the first `cells` int32[B, 2] (height, width) of each map.
+
+    What batch normalisation and biases leave beyond a map's own edge is no zero padding; kernels
+    and pools must not see it. None: the maps are full.
+    """
+    if cells is None:
+        return x
+    rows, columns = (jnp.arange(x.shape[axis]) < cells[:, axis - 1, None] for axis in (1, 2))
+    return jnp.where(rows[:, :, None, None] & columns[:, None, :, None], x, 0)
+
+
+def strided(cells: jax.Array | None, stride: int) -> jax.Array | None:
+    """How many cells are left of so many behind a convolution or pool with a stride."""
+    return None if cells is None else -(-cells // stride)
+
+
 class Conv(nn.Module):
-    """`conv` with its parameter `kernel` and, where `bias` is set, a bias for each channel."""
+    """`conv` with its parameter `kernel` and, where `bias` is set, a bias for each channel.
+
+    `cells`: see `zero_filler`.
+    """
 
     features: int
     size: int = 3
@@ -104,7 +124,9 @@ class Conv(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, cells: jax.Array | None = None) -> jax.Array:
+        if self.size > 1:
+            x = zero_filler(x, cells)
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param('kernel', self.kernel_init, shape, self.param_dtype)
         y = conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.dilation)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from psp_jax.data.labels import label_space
-from psp_jax.model.layers import BatchNorm, Conv, fan_in_uniform
+from psp_jax.model.layers import BatchNorm, Conv, fan_in_uniform, strided
 from psp_jax.model.pyramid_pooling import PyramidPooling
 from psp_jax.model.resnet import ResNet
 
@@ -23,9 +23,9 @@ class Head(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, cells: jax.Array | None = None) -> jax.Array:
         kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
-        x = Conv(self.width, 3, kernel_init=fan_in_uniform, name='conv', **kinds)(x)
+        x = Conv(self.width, 3, kernel_init=fan_in_uniform, name='conv', **kinds)(x, cells)
         x = nn.relu(BatchNorm(name='bn', **kinds)(x, train))
         # Whole channels drop, as the reference's Dropout2d: neighbouring cells are too alike.
         x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
@@ -45,6 +45,10 @@ class PSPNet(nn.Module):
     paper's fourth stage), is None outside training or with `aux_width=0`. `bins=()` leaves the
     pyramid out: the paper's dilated FCN baseline. Training needs the random stream 'dropout' and
     the mutable collection 'batch_stats'.
+
+    `sizes` int32[B, 2], for test mode: the true (height, width) of each image, which lies at the
+    top left of its H x W. The logits of its own ceil(h/8) x ceil(w/8) cells are those that it
+    would have alone, whatever lies beyond; so images of many sizes share one program.
     """
 
     classes: int
@@ -62,16 +66,20 @@ class PSPNet(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(
+        self, images: jax.Array, train: bool, sizes: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
         kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
         backbone = ResNet(self.depth, self.stem, self.dilation, name='backbone', **kinds)
-        layer3, x = backbone(images, train)
+        layer3, x = backbone(images, train, sizes)
+        cells = strided(sizes, 8)
         if self.bins:
             pyramid = PyramidPooling(
                 self.bins, self.pool, self.reduce, self.align_corners, name='pyramid', **kinds
             )
-            x = pyramid(x, train)
-        logits = Head(self.head_width, self.classes, self.dropout, name='head', **kinds)(x, train)
+            x = pyramid(x, train, cells)
+        head = Head(self.head_width, self.classes, self.dropout, name='head', **kinds)
+        logits = head(x, train, cells)
         if not train or not self.aux_width:
             return logits, None
         aux_head = Head(self.aux_width, self.classes, self.dropout, name='aux_head', **kinds)

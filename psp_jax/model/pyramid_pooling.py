@@ -17,7 +17,7 @@ class PyramidPooling(nn.Module):
 
     Level b pools the whole map to b x b cells, reduces them to C / N channels (N levels; 1x1
     convolution, BN, ReLU) unless `reduce` is off, and is up-sampled to H x W. Output channels:
-    2C with reduction (C divisible by N), (1 + N)C without.
+    2C with reduction (C divisible by N), (1 + N)C without. `cells`: see `zero_filler`.
     """
 
     bins: tuple[int, ...]
@@ -28,14 +28,14 @@ class PyramidPooling(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, cells: jax.Array | None = None) -> jax.Array:
         kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
         _, height, width, channels = x.shape
         levels = [x]
         for i, bins in enumerate(self.bins):
-            y = POOLS[self.pool](x, bins)
+            y = POOLS[self.pool](x, bins, cells)
             if self.reduce:
                 y = Conv(channels // len(self.bins), 1, name=f'level{i}_conv', **kinds)(y)
                 y = nn.relu(BatchNorm(name=f'level{i}_bn', **kinds)(y, train))
-            levels.append(resize(y, (height, width), self.align_corners))
+            levels.append(resize(y, (height, width), self.align_corners, cells))
         return jnp.concatenate(levels, axis=-1)

@@ -5,9 +5,13 @@ matrix products (what accelerators are best at), and differentiable by construct
 is not linear and takes its windows one by one.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from psp_jax.model.layers import zero_filler
 
 
 def window_bounds(size: int, bins: int) -> list[tuple[int, int]]:
@@ -48,42 +52,110 @@ def resize_matrix(size: int, new_size: int, align_corners: bool) -> np.ndarray:
     return matrix
 
 
+def cells_pooling_matrix(cells: jax.Array, size: int, bins: int) -> jax.Array:
+    """`pooling_matrix` of the first `cells` int32[B] of `size` cells: float32[B, bins, size]."""
+    bin_, cell = jnp.arange(bins)[:, None], jnp.arange(size)
+    cells = cells[:, None, None]
+    start, stop = bin_ * cells // bins, -(-(bin_ + 1) * cells // bins)
+    inside = (cell >= start) & (cell < stop)
+    return inside / (stop - start).astype(_exact())
+
+
+def cells_resize_matrix(
+    size: int,
+    old_cells: jax.Array,
+    new_size: int,
+    cells: jax.Array,
+    align_corners: bool,
+) -> jax.Array:
+    """`resize_matrix` from the first `old_cells` int32[B] to the first `cells` int32[B].
+
+    float32[B, new_size, size]; what stands in the rows of the other points means nothing.
+    """
+    point, cells = jnp.arange(new_size, dtype=_exact()), cells[:, None]
+    old_cells = old_cells[:, None]
+    if align_corners:
+        position = point * ((old_cells - 1) / jnp.maximum(cells - 1, 1))
+    else:
+        position = (point + 0.5) * (old_cells / cells) - 0.5
+    position = jnp.clip(position, 0, old_cells - 1)
+    return jnp.maximum(0, 1 - jnp.abs(position[..., None] - jnp.arange(size)))
+
+
+def _exact() -> Any:
+    return jnp.result_type(float)  # float64 where that is enabled
+
+
 def apply_matrices(
     x_BHWC: jax.Array, rows: np.ndarray | jax.Array, columns: np.ndarray | jax.Array
 ) -> jax.Array:
     """Maps height by `rows` [newH, H] and width by `columns` [newW, W]: [B, newH, newW, C].
 
-    Computed in float32 or better: weights such as 1/60 are not to be rounded to bfloat16.
+    Matrices may be each map's own: [B, newH, H]. Computed in float32 or better: weights such as
+    1/60 are not to be rounded to bfloat16.
     """
     exact = jnp.promote_types(x_BHWC.dtype, jnp.float32)
     highest = jax.lax.Precision.HIGHEST
-    x = jnp.einsum('oh,bhwc->bowc', rows.astype(exact), x_BHWC.astype(exact), precision=highest)
-    x = jnp.einsum('pw,bowc->bopc', columns.astype(exact), x, precision=highest)
+    x = x_BHWC.astype(exact)
+    for matrix, own, out in ((rows, 'oh', 'bowc'), (columns, 'ow', 'bhoc')):
+        own = 'b' + own if matrix.ndim == 3 else own
+        x = jnp.einsum(f'{own},bhwc->{out}', matrix.astype(exact), x, precision=highest)
     return x.astype(x_BHWC.dtype)
 
 
-def resize(x_BHWC: jax.Array, size: tuple[int, int], align_corners: bool) -> jax.Array:
-    """Bilinear interpolation to `size` = (height, width), without antialiasing."""
-    _, height, width, _ = x_BHWC.shape
+def resize(
+    x_BHWC: jax.Array,
+    size: tuple[int, int],
+    align_corners: bool,
+    cells: jax.Array | None = None,
+    old_cells: jax.Array | None = None,
+) -> jax.Array:
+    """Bilinear interpolation to `size` = (height, width), without antialiasing.
+
+    With `cells` int32[B, 2] each map is resized to so many, at the top left of `size`; with
+    `old_cells` int32[B, 2] it is its first so many cells that are.
+    """
+    old = x_BHWC.shape[1:3]
+    if cells is None:
+        return apply_matrices(
+            x_BHWC, *(resize_matrix(old[i], size[i], align_corners) for i in (0, 1))
+        )
+    if old_cells is None:
+        old_cells = jnp.broadcast_to(jnp.asarray(old), cells.shape)
     return apply_matrices(
         x_BHWC,
-        resize_matrix(height, size[0], align_corners),
-        resize_matrix(width, size[1], align_corners),
+        *(
+            cells_resize_matrix(old[i], old_cells[:, i], size[i], cells[:, i], align_corners)
+            for i in (0, 1)
+        ),
     )
 
 
-def average_pool(x_BHWC: jax.Array, bins: int) -> jax.Array:
-    """Adaptive average pooling to [B, bins, bins, C]."""
-    _, height, width, _ = x_BHWC.shape
-    return apply_matrices(x_BHWC, pooling_matrix(height, bins), pooling_matrix(width, bins))
+def average_pool(x_BHWC: jax.Array, bins: int, cells: jax.Array | None = None) -> jax.Array:
+    """Adaptive average pooling to [B, bins, bins, C], of the first `cells` int32[B, 2] if given."""
+    size = x_BHWC.shape[1:3]
+    if cells is None:
+        return apply_matrices(x_BHWC, *(pooling_matrix(n, bins) for n in size))
+    return apply_matrices(
+        zero_filler(x_BHWC, cells),  # since a NaN times zero is a NaN
+        *(cells_pooling_matrix(cells[:, i], size[i], bins) for i in (0, 1)),
+    )
 
 
-def max_pool(x_BHWC: jax.Array, bins: int) -> jax.Array:
+def max_pool(x_BHWC: jax.Array, bins: int, cells: jax.Array | None = None) -> jax.Array:
     """Adaptive max pooling to [B, bins, bins, C], over the same windows as `average_pool`."""
-    _, height, width, _ = x_BHWC.shape
-    rows = [largest(x_BHWC[:, a:b], 1) for a, b in window_bounds(height, bins)]
-    x = jnp.stack(rows, axis=1)
-    return jnp.stack([largest(x[:, :, a:b], 2) for a, b in window_bounds(width, bins)], axis=2)
+    size = x_BHWC.shape[1:3]
+    if cells is None:
+        rows = [largest(x_BHWC[:, a:b], 1) for a, b in window_bounds(size[0], bins)]
+        x = jnp.stack(rows, axis=1)
+        return jnp.stack([largest(x[:, :, a:b], 2) for a, b in window_bounds(size[1], bins)], 2)
+    x = x_BHWC
+    for axis in (1, 2):
+        inside = cells_pooling_matrix(cells[:, axis - 1], size[axis - 1], bins) > 0
+        inside = jnp.expand_dims(inside, (4 - axis, 4))  # [B, bins, H, 1, 1], [B, bins, 1, W, 1]
+        windows = [jnp.where(inside[:, i], x, -jnp.inf).max(axis) for i in range(bins)]
+        x = jnp.stack(windows, axis)
+    return x
 
 
 def largest(x: jax.Array, axis: int) -> jax.Array:

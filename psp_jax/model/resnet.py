@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from psp_jax.model.layers import BatchNorm, Conv
+from psp_jax.model.layers import BatchNorm, Conv, strided, zero_filler
 
 BLOCKS = {  # blocks of layer1 to layer4
     18: (2, 2, 2, 2),
@@ -52,7 +52,7 @@ class Block(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, cells: jax.Array | None = None) -> jax.Array:
         conv = partial(Conv, dtype=self.dtype, param_dtype=self.param_dtype)
         norm = partial(BatchNorm, dtype=self.dtype, param_dtype=self.param_dtype)
         # (features, kernel size, stride, dilation) of each convolution
@@ -71,7 +71,8 @@ class Block(nn.Module):
             shortcut = conv(features, 1, self.stride, name='downsample_conv')(x)
             shortcut = norm(name='downsample_bn')(shortcut, train)
         for i, arguments in enumerate(plan, 1):
-            x = norm(name=f'bn{i}')(conv(*arguments, name=f'conv{i}')(x), train)
+            x = norm(name=f'bn{i}')(conv(*arguments, name=f'conv{i}')(x, cells), train)
+            cells = strided(cells, arguments[2])
             x = nn.relu(x + shortcut if i == len(plan) else x)
         return x
 
@@ -79,7 +80,7 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """[B, H, W, 3] -> the outputs of layer3 and layer4, each [B, ceil(H/8), ceil(W/8), C].
 
-    C is 256 and 512 for basic blocks, 1024 and 2048 for bottlenecks.
+    C is 256 and 512 for basic blocks, 1024 and 2048 for bottlenecks. `sizes`: see `PSPNet`.
     """
 
     depth: int
@@ -89,12 +90,18 @@ class ResNet(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x: jax.Array, train: bool, sizes: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        cells = sizes
         kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
         for i, (size, width) in enumerate(STEMS[self.stem], 1):
-            x = Conv(width, size, 2 if i == 1 else 1, name=f'stem_conv{i}', **kinds)(x)
+            stride = 2 if i == 1 else 1
+            x = Conv(width, size, stride, name=f'stem_conv{i}', **kinds)(x, cells)
+            cells = strided(cells, stride)
             x = nn.relu(BatchNorm(name=f'stem_bn{i}', **kinds)(x, train))
-        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        x = nn.max_pool(zero_filler(x, cells), (3, 3), (2, 2), ((1, 1), (1, 1)))
+        cells = strided(cells, 2)
 
         dilations = ((1, 1), (1, 1), *DILATIONS[self.dilation])
         features = []
@@ -102,14 +109,16 @@ class ResNet(nn.Module):
             zip(BLOCKS[self.depth], dilations, strict=True), 1
         ):
             for block in range(blocks):
+                stride = 2 if layer == 2 and block == 0 else 1
                 x = Block(
                     width=32 * 2**layer,
                     basic=is_basic(self.depth),
-                    stride=2 if layer == 2 and block == 0 else 1,
+                    stride=stride,
                     dilation=first if block == 0 else rest,
                     dilate_all=self.dilation != 'contract_first',
                     name=f'layer{layer}_block{block}',
                     **kinds,
-                )(x, train)
+                )(x, train, cells)
+                cells = strided(cells, stride)
             features.append(x)
         return features[2], features[3]

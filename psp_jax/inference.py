@@ -1,0 +1,244 @@
+"""Class probabilities of images of any size, by any protocol, from a few compiled programs.
+
+Each device works on an image of its own. One program runs the network on windows of one shape; one
+for each scale adds their scores on a canvas of fixed shape; one resizes the canvases to a tile of
+the image's own pixels. What differs from image to image, true sizes and places, is data.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+from ml_collections import ConfigDict
+
+from psp_jax.mesh import put_batch
+from psp_jax.model import pspnet
+from psp_jax.model.layers import strided
+from psp_jax.model.resample import apply_matrices, resize
+from psp_jax.protocols import (
+    AVERAGES_PROBABILITIES,
+    MIRRORS,
+    SLIDING,
+    Block,
+    Size,
+    flips,
+    needs_sizes,
+)
+
+TILE = (128, 1024)  # pixels of an image whose probabilities a device computes at a time
+Variables = Any
+
+
+class Tile(NamedTuple):
+    """A tile of each block of a batch: its place there, and the matrices that lead to it."""
+
+    place: Size
+    rows: tuple[jax.Array, ...]  # one a view: [B, TILE[0], canvas height]
+    columns: tuple[jax.Array, ...]  # [B, TILE[1], canvas width]
+
+
+class Programs(NamedTuple):
+    """The compiled side of a protocol; see `make_programs`."""
+
+    fields: Callable[[Variables, Sequence[Block]], tuple[jax.Array, ...]]
+    on_tile: Callable[..., Any]
+    mesh: Mesh
+    batch: int  # blocks that `fields` takes at a time
+
+
+def make_programs(config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh) -> Programs:
+    """The programs of `config.eval` on the devices of `mesh`.
+
+    `fields(variables, blocks)` gives the scores of at most `batch` blocks of one kind: for each
+    view [batch, canvas height, canvas width, classes]. They live until the next call.
+    `on_tile(fn)` compiles fn(probabilities [rows, columns, classes], *arrays) -> tree as a program
+    (fields, tile, *arrays [B, ...]) -> tree [B, ...] for `tiles`.
+    """
+    protocol, mirrored = config.eval.protocol, flips(config)
+    devices = mesh.size
+    per_device = -(-config.eval.batch_size // devices)  # windows, or whole images
+    slides = protocol in SLIDING
+    split, everywhere = PartitionSpec('data'), PartitionSpec()
+
+    def sharded(fn: Callable[..., Any], *whole: bool, **keys: Any) -> Callable[..., Any]:
+        """jit of `fn`, run by each device on its own rows; arguments marked whole are shared."""
+        specs = tuple(everywhere if w else split for w in whole)
+        return jax.jit(
+            jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False), **keys
+        )
+
+    def network(variables: Variables, windows: jax.Array, sizes: jax.Array) -> jax.Array:
+        images = pspnet.normalise(windows, config)
+        return model.apply(variables, images, False, sizes if needs_sizes(config) else None)[0]
+
+    def window_scores(variables: Variables, windows: jax.Array, sizes: jax.Array) -> jax.Array:
+        """[1, K, h, w, 3] -> [1, K, h, w, classes]: probabilities, or logits in mmseg_slide."""
+        windows, sizes = windows[0], sizes[0]
+        shape = windows.shape[1], windows.shape[2]
+        both = mirrored and protocol in MIRRORS
+        if both:
+            windows = jnp.concatenate([windows, windows[:, :, ::-1]])
+        logits = network(variables, windows, jnp.concatenate([sizes, sizes]) if both else sizes)
+        pairs = logits.reshape(2 if both else 1, -1, *logits.shape[1:]).swapaxes(0, 1)
+        if both:
+            pairs = pairs.at[:, 1].set(pairs[:, 1, :, ::-1])
+
+        def one(args: tuple[jax.Array, jax.Array]) -> jax.Array:
+            logits, size = args
+            cells = {}
+            if needs_sizes(config):
+                size = jnp.broadcast_to(size, (len(logits), 2))
+                cells = {'cells': size, 'old_cells': strided(size, 8)}
+            scores = resize(logits, shape, config.model.align_corners, **cells)
+            if protocol == 'caffe':  # the softmax of the sum
+                return jax.nn.softmax(scores.sum(0))
+            return jax.nn.softmax(scores).mean(0) if protocol == 'semseg' else scores[0]
+
+        return lax.map(one, (pairs, sizes))[None]
+
+    def add(
+        canvas: jax.Array, scores: jax.Array, slot: jax.Array, place: jax.Array, first: jax.Array
+    ) -> jax.Array:
+        """Adds the scores of window `slot` to a canvas [1, H, W, C], which `first` clears."""
+        canvas = lax.cond(first, jnp.zeros_like, lambda x: x, canvas[0])
+        window = scores[0, slot]
+        start = (place[0, 0], place[0, 1], 0)
+        old = lax.dynamic_slice(canvas, start, window.shape)
+        return lax.dynamic_update_slice(canvas, old + window, start)[None]
+
+    whole_scores = sharded(network, True, False, False)
+    sliding_scores = sharded(window_scores, True, False, False)
+    add_window = sharded(add, False, False, True, False, True, donate_argnums=0)
+    kept: dict[tuple[int, ...], jax.Array] = {}  # canvases, used again for the next image
+
+    def whole_fields(variables: Variables, blocks: Sequence[Block]) -> tuple[jax.Array, ...]:
+        fields = []
+        for parts in zip(*(block.parts for block in blocks), strict=True):
+            images = np.zeros((batch, *parts[0].shape, 3), parts[0].picture.dtype)
+            sizes = np.full((batch, 2), 8, np.int32)
+            for i, part in enumerate(parts):
+                sizes[i] = height, width = part.window
+                images[i, :height, :width] = part.picture
+            fields.append(whole_scores(variables, *put_batch((images, sizes), mesh)))
+        return tuple(fields)
+
+    def sliding_fields(variables: Variables, blocks: Sequence[Block]) -> tuple[jax.Array, ...]:
+        parts = blocks[0].parts
+        slots = [(v, i) for v, part in enumerate(parts) for i in range(len(part.sources))]
+        exact = jnp.promote_types(config.dtype, jnp.float32)
+        canvases: list[jax.Array] = []
+        for v, part in enumerate(parts):
+            shape = (devices, *part.canvas, model.classes)
+            found = kept.pop((v, *shape), None)
+            canvases.append(put_batch(np.zeros(shape, exact), mesh) if found is None else found)
+        kept.clear()
+        for begin in range(0, len(slots), per_device):
+            chunk = slots[begin : begin + per_device]
+            windows = np.zeros((devices, per_device, *parts[0].shape, 3), np.float32)
+            sizes = np.full((devices, per_device, 2), 8, np.int32)
+            places = np.zeros((per_device, devices, 2), np.int32)
+            for device, block in enumerate(blocks):
+                for k, (v, i) in enumerate(chunk):
+                    part = block.parts[v]
+                    (y, x), (height, width) = part.sources[i], part.window
+                    windows[device, k, :height, :width] = part.picture[
+                        y : y + height, x : x + width
+                    ]
+                    sizes[device, k] = part.window
+                    places[k, device] = part.targets[i]
+            scores = sliding_scores(variables, *put_batch((windows, sizes), mesh))
+            for k, (v, i) in enumerate(chunk):
+                canvases[v] = add_window(
+                    canvases[v], scores, np.int32(k), put_batch(places[k], mesh), np.bool_(i == 0)
+                )
+        kept.update({(v, *canvas.shape): canvas for v, canvas in enumerate(canvases)})
+        return tuple(canvases)
+
+    def probabilities(fields: Any, rows: Any, columns: Any) -> jax.Array:
+        """One block's: for each view [h, w, C] -> [rows, columns, C], the mean over views."""
+        total = jnp.zeros(())
+        for view in zip(fields, rows, columns, strict=True):
+            resized = apply_matrices(*view)
+            averaged = protocol in AVERAGES_PROBABILITIES
+            total += resized if averaged else jax.nn.softmax(resized)
+        return total / len(fields)
+
+    def on_tile(fn: Callable[..., Any]) -> Callable[..., Any]:
+        def on_device(fields, tile, arrays):
+            def one(args):
+                fields, rows, columns, arrays = args
+                whole = jax.tree.map(lambda x: x[None], (fields, rows, columns))
+                return fn(probabilities(*whole)[0], *arrays)
+
+            return lax.map(one, (fields, *tile, arrays))
+
+        run = sharded(on_device, False, False, False)
+        return lambda fields, tile, *arrays: run(fields, (tile.rows, tile.columns), arrays)
+
+    batch = devices if slides else per_device * devices
+    return Programs(sliding_fields if slides else whole_fields, on_tile, mesh, batch)
+
+
+def tiles(blocks: Sequence[Block], programs: Programs) -> Iterator[Tile]:
+    """The tiles that cover the blocks of a batch, with their matrices on the devices."""
+    largest = np.max([block.size for block in blocks], 0)
+    views = range(len(blocks[0].parts))
+    exact = jnp.result_type(float)  # float64 where that is enabled
+
+    def matrices(axis: int, start: int) -> tuple[jax.Array, ...]:
+        stacked = []
+        for v in views:
+            cells = blocks[0].parts[v].canvas[axis]
+            matrix = np.zeros((programs.batch, TILE[axis], cells), exact)
+            for i, block in enumerate(blocks):
+                part = (block.parts[v].rows, block.parts[v].columns)[axis]
+                cut = part[start : start + TILE[axis]]
+                matrix[i, : len(cut), : cut.shape[1]] = cut
+            stacked.append(put_batch(matrix, programs.mesh))
+        return tuple(stacked)
+
+    for left in range(0, largest[1], TILE[1]):
+        columns = matrices(1, left)
+        for top in range(0, largest[0], TILE[0]):
+            yield Tile((top, left), matrices(0, top), columns)
+
+
+def overlap(block: Block, place: Size) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Where a tile at `place` of a block shares pixels with the image: in the tile, in the image.
+
+    Both are empty where the tile lies beyond the block.
+    """
+    inside, outside = [], []
+    for axis in (0, 1):
+        length = max(min(block.size[axis] - place[axis], TILE[axis]), 0)
+        start = block.place[axis] + place[axis]
+        inside.append(slice(0, length))
+        outside.append(slice(start, start + length))
+    return (inside[0], inside[1]), (outside[0], outside[1])
+
+
+class Example(NamedTuple):
+    """One block of an image, with what is needed of the image itself."""
+
+    number: int  # of the image in its source
+    image: np.ndarray  # uint8 [H, W, 3], as it was read
+    label: Any  # uint8 [H, W]; None where nothing is scored
+    block: Block
+    blocks: int  # that the image has
+
+
+def make_batches(examples: Iterable[list[Example]], size: int) -> Iterator[list[Example]]:
+    """Groups blocks of one kind, at most `size` at a time, each exactly once."""
+    waiting: dict[Any, list[Example]] = {}
+    for example in chain.from_iterable(examples):
+        kind = example.block.kind
+        group = waiting.setdefault(kind, [])
+        group.append(example)
+        if len(group) == size:
+            yield waiting.pop(kind)
+    yield from waiting.values()
