@@ -194,8 +194,8 @@ def sum_over_processes(tree: Any) -> Any:
         return tree
 
     def add(value: Any) -> Any:
-        value = np.ascontiguousarray(value)
-        gathered = multihost_utils.process_allgather(np.atleast_1d(value).view(np.uint8))
+        value = np.asarray(value)
+        gathered = multihost_utils.process_allgather(value.reshape(-1).view(np.uint8))
         return gathered.view(value.dtype).reshape(-1, *value.shape).sum(0)
 
     return jax.tree.map(add, tree)

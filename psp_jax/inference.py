@@ -107,7 +107,7 @@ def make_programs(config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh) -> Progr
         """Adds the scores of window `slot` to a canvas [1, H, W, C], which `first` clears."""
         canvas = lax.cond(first, jnp.zeros_like, lambda x: x, canvas[0])
         window = scores[0, slot]
-        start = (place[0, 0], place[0, 1], 0)
+        start = (place[0, 0], place[0, 1], jnp.zeros((), place.dtype))
         old = lax.dynamic_slice(canvas, start, window.shape)
         return lax.dynamic_update_slice(canvas, old + window, start)[None]
 

@@ -138,7 +138,7 @@ def confusions(folder, devices, runs, processes=1):
 def test_every_image_counts_exactly_once(tmp_path):
     """Promise 6: the same counts at any batch size, on one device, eight, or two processes with
     two, as a naive loop's."""
-    found = confusions(tmp_path, 1, ['whole,0', 'whole,1', 'whole,4', 'whole,16', 'semseg,3'])
+    found = confusions(tmp_path, 1, ['whole,0', 'whole,1', 'whole,4', 'semseg,3'])
     found |= confusions(tmp_path, 8, ['whole,3', 'semseg,8'])
     found |= confusions(tmp_path, 2, ['whole,3', 'semseg,4'], processes=2)
     valid = sum(int((read(i)[1] != 255).sum()) for i in range(SOURCE.length))
