@@ -17,7 +17,8 @@ Expect:   published validation mIoU / pixel accuracy, by sliding windows at a si
           PSPNet-50 41.68 / 80.04 (paper, Table 3) and 41.89 / 80.39 (semseg's README),
           PSPNet-101 41.96 / 80.64 and 43.10 / 81.07. Each started from ImageNet weights,
           as this does: timm's resnet50s, 101s or 152s, fetched from the Hugging Face Hub.
-          Images are seen here in one piece, 513 pixels long, which scores a little differently.
+          Evaluations during training see images in one piece, 513 pixels long; the published way is
+          `--mode eval --config.eval.protocol=semseg`.
 
 Data:     ADEChallengeData2016 as it is downloaded, in `data/ade20k` (or --config.data.root=DIR):
           images/{training,validation}/*.jpg and annotations/{training,validation}/*.png,

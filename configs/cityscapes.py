@@ -11,7 +11,8 @@ Expect:   published validation mIoU / pixel accuracy (semseg's README), by slidi
           single scale: PSPNet-50 77.30 / 95.97, PSPNet-101 78.63 / 96.14. The paper reports the
           test set: 78.4 mIoU with PSPNet-101 at several scales. Each started from ImageNet weights,
           as this does: timm's resnet50s, 101s or 152s, fetched from the Hugging Face Hub.
-          Images are seen here in one piece of 2049 x 1025, which scores a little differently.
+          Evaluations during training see images in one piece, 2049 x 1025 pixels; the published way is
+          `--mode eval --config.eval.protocol=semseg`.
 
 Data:     leftImg8bit and gtFine in `data/cityscapes` (or --config.data.root=DIR), the latter with
           the *_labelTrainIds.png that csCreateTrainIdLabelImgs of cityscapesscripts makes. The

@@ -10,7 +10,8 @@ Expect:   published validation mIoU / pixel accuracy (semseg's README), by slidi
           single scale: PSPNet-50 77.05 / 94.89, PSPNet-101 79.07 / 95.34. The paper reports the
           test set: 82.6 mIoU with PSPNet-101 at several scales. Each started from ImageNet weights,
           as this does: timm's resnet50s, 101s or 152s, fetched from the Hugging Face Hub.
-          Images are seen here in one piece, 513 pixels long, which scores a little differently.
+          Evaluations during training see images in one piece, 513 pixels long; the published way is
+          `--mode eval --config.eval.protocol=semseg`.
 
 Data:     VOCdevkit/VOC2012 in `data/voc2012` (or --config.data.root=DIR), and within it the labels
           of the Semantic Boundaries Dataset as SegmentationClassAug/*.png. Palette PNGs are fine.
