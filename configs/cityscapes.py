@@ -11,7 +11,7 @@ Expect:   published validation mIoU / pixel accuracy (semseg's README), by slidi
           single scale: PSPNet-50 77.30 / 95.97, PSPNet-101 78.63 / 96.14. The paper reports the
           test set: 78.4 mIoU with PSPNet-101 at several scales. Each started from ImageNet weights,
           as this does: timm's resnet50s, 101s or 152s, fetched from the Hugging Face Hub.
-          Evaluations during training see images in one piece, 2049 x 1025 pixels; the published way is
+          Evaluations during training see images in one piece, 2049 x 1025; the published way is
           `--mode eval --config.eval.protocol=semseg`.
 
 Data:     leftImg8bit and gtFine in `data/cityscapes` (or --config.data.root=DIR), the latter with
