@@ -237,10 +237,11 @@ def write_html(
     flip = 'with mirror images' if scores['flip'] else 'without mirror images'
     sizes = f'base size {scores["base_size"] or "of each image"}'
     devices = f'{jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process'
+    scales = ', '.join(f'{scale:g}' for scale in scores['scales'])
     facts = {
         'checkpoint': where,
         'network': f'PSPNet-{config.model.depth}, bins {config.model.bins}, {config.dtype}',
-        'protocol': f'{scores["protocol"]}, scales {tuple(scores["scales"])}, {flip}, {sizes}',
+        'protocol': f'{scores["protocol"]}, scales {scales}, {flip}, {sizes}',
         'data': f'{scores["images"]} images of {scores["split"]!r}, {config.data[scores["split"]]}',
         'time': f'{time.strftime("%Y-%m-%d %H:%M")}, {report.duration(scores["seconds"])}',
         'devices': devices,

@@ -10,13 +10,12 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from psp_jax.data.labels import IGNORE, LabelSpace
+from psp_jax.data.labels import IGNORE, UNLABELLED, LabelSpace, palette
 
 _SIDE = 640  # pixels; longer sides of shown pictures are reduced to this
 _NAMED = 25  # classes; a larger confusion matrix is a picture without names
 _CONFUSIONS = 10
 _RIGHT, _WRONG = (31, 95, 191), (200, 50, 30)
-_UNLABELLED = (32, 32, 32)
 
 # Key of the scores, heading, format, what it means.
 _HEADLINES = (
@@ -206,15 +205,14 @@ def _panel(shown: Shown, space: LabelSpace) -> str:
     scale = min(1, _SIDE / max(height, width))
     size = max(round(width * scale), 1), max(round(height * scale), 1)
     image = cv2.resize(shown.image, size, interpolation=cv2.INTER_AREA)
-    palette = np.full((256, 3), _UNLABELLED, np.uint8)
-    palette[: len(space.colors)] = space.colors
+    colors = palette(space).tobytes()
 
     def reduced(ids: np.ndarray) -> np.ndarray:
         return cv2.resize(ids, size, interpolation=cv2.INTER_NEAREST)
 
     def classes(ids: np.ndarray, alt: str) -> str:
         picture = Image.fromarray(ids)
-        picture.putpalette(palette.tobytes())
+        picture.putpalette(colors)
         return _picture(picture, alt)
 
     prediction = reduced(shown.prediction)
@@ -229,9 +227,9 @@ def _panel(shown: Shown, space: LabelSpace) -> str:
         grey = 102 + cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) * 0.6  # lighter than ignored pixels
         error = np.repeat(grey.astype(np.uint8)[..., None], 3, 2)
         error[label != prediction] = _WRONG
-        error[label == IGNORE] = _UNLABELLED
+        error[label == IGNORE] = UNLABELLED
         alt = f'{shown.name}, error'
-        marks = ((_WRONG, 'wrong'), (_UNLABELLED, 'ignored'))
+        marks = ((_WRONG, 'wrong'), (UNLABELLED, 'ignored'))
         caption = 'error: ' + ' '.join(f'<span>{_swatch(c)}{name}</span>' for c, name in marks)
         pictures.append((caption, _picture(Image.fromarray(error), alt)))
     figures = ''.join(

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from psp_jax import checkpoint, inference, protocols, report
 from psp_jax.config import flatten, resolve
-from psp_jax.data.labels import LabelSpace, label_space
+from psp_jax.data.labels import LabelSpace, label_space, palette
 from psp_jax.data.pipeline import read_ahead
 from psp_jax.data.sources import PICTURES, read_image
 from psp_jax.errors import UserError
@@ -251,9 +251,7 @@ def labels_png(ids: np.ndarray, space: LabelSpace | None) -> bytes:
     """Ids uint8 [H, W] as a PNG of indices, with the classes' colours as palette, or grey."""
     picture = Image.fromarray(ids)
     if space:
-        palette = np.zeros((256, 3), np.uint8)
-        palette[: len(space.colors)] = space.colors
-        picture.putpalette(palette.tobytes())
+        picture.putpalette(palette(space).tobytes())
     encoded = io.BytesIO()
     picture.save(encoded, 'PNG')
     return encoded.getvalue()

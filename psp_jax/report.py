@@ -11,10 +11,9 @@ import jax
 import numpy as np
 import tensorflow as tf
 
-from psp_jax.data.labels import IGNORE, LabelSpace
+from psp_jax.data.labels import IGNORE, LabelSpace, palette
 
 _GAP = 4  # pixels between pictures
-_UNLABELLED = (32, 32, 32)
 
 
 def say(text: str) -> None:
@@ -134,13 +133,6 @@ def headline(scores: dict[str, Any]) -> str:
     )
 
 
-def colour(ids: np.ndarray, space: LabelSpace) -> np.ndarray:
-    """Class ids uint8 [H, W] -> RGB uint8 [H, W, 3]; unlabelled pixels are dark grey."""
-    table = np.full((256, 3), _UNLABELLED, np.uint8)
-    table[: len(space.colors)] = space.colors
-    return table[ids]
-
-
 def draw_panels(panels: list[Any], space: LabelSpace) -> np.ndarray:
     """Rows of image | label | prediction, and the colours of the classes below: uint8 [H, W, 3].
 
@@ -149,12 +141,12 @@ def draw_panels(panels: list[Any], space: LabelSpace) -> np.ndarray:
     height = max(p.image.shape[0] for p in panels)
     width = max(p.image.shape[1] for p in panels)
     zoom = max(1, round(240 / height))  # small pictures are enlarged without smoothing
-    rows, present = [], set()
+    rows, present, colors = [], set(), palette(space)
     for p in panels:
         row = []
         ignored = p.label == IGNORE
         present |= set(np.unique(p.label[~ignored])) | set(np.unique(p.prediction))
-        for picture in (p.image, colour(p.label, space), colour(p.prediction, space)):
+        for picture in (p.image, colors[p.label], colors[p.prediction]):
             tile = np.full((height + _GAP, width + _GAP, 3), 255, np.uint8)
             tile[: picture.shape[0], : picture.shape[1]] = picture
             row.append(tile.repeat(zoom, 0).repeat(zoom, 1))
@@ -163,14 +155,16 @@ def draw_panels(panels: list[Any], space: LabelSpace) -> np.ndarray:
     header = np.full((24, grid.shape[1], 3), 255, np.uint8)
     for i, title in enumerate(('image', 'label', 'prediction')):
         _text(header, title, (6 + i * grid.shape[1] // 3, 17))
-    return np.concatenate([header, grid, legend(sorted(present), space, grid.shape[1])])
+    below = legend([*sorted(present), IGNORE], space, grid.shape[1])
+    return np.concatenate([header, grid, below])
 
 
 def legend(ids: list[int], space: LabelSpace, width: int) -> np.ndarray:
     """Coloured squares with the names of classes, in lines of at most `width` pixels."""
     columns = max(width // 150, 1)
-    picture = np.full((24 * -(-(len(ids) + 1) // columns), width, 3), 255, np.uint8)
-    entries = [(space.names[i], space.colors[i]) for i in ids] + [('unlabelled', _UNLABELLED)]
+    picture = np.full((24 * -(-len(ids) // columns), width, 3), 255, np.uint8)
+    colors, names = palette(space), dict(enumerate(space.names)) | {IGNORE: 'unlabelled'}
+    entries = [(names[i], colors[i]) for i in ids]
     for n, (name, color) in enumerate(entries):
         top, left = 24 * (n // columns), 150 * (n % columns)
         picture[top + 5 : top + 19, left + 6 : left + 20] = color

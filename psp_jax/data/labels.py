@@ -12,6 +12,7 @@ import numpy as np
 from psp_jax.errors import UserError
 
 IGNORE = 255  # pixels of this label count neither in the loss nor in a metric
+UNLABELLED = (32, 32, 32)  # their colour in pictures
 
 
 class LabelSpace(NamedTuple):
@@ -120,6 +121,13 @@ def label_space(classes: str) -> LabelSpace:
     if not 1 <= len(names) <= IGNORE:
         raise UserError(f'data.classes = {classes!r} has {len(names)} classes: {allowed}')
     return LabelSpace(names, _distinct_colors(len(names)))
+
+
+def palette(space: LabelSpace) -> np.ndarray:
+    """RGB uint8 [256, 3] of every value in a label map: the classes' colours, then UNLABELLED."""
+    table = np.full((256, 3), UNLABELLED, np.uint8)
+    table[: len(space.colors)] = space.colors
+    return table
 
 
 def stored_ids(ids: np.ndarray, classes: str) -> np.ndarray:
