@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from psp_jax.mesh import put_batch
 from psp_jax.model import pspnet
 from psp_jax.model.layers import strided
-from psp_jax.model.resample import apply_matrices, resize
+from psp_jax.model.resample import apply_taps, resize
 from psp_jax.protocols import (
     AVERAGES_PROBABILITIES,
     MIRRORS,
@@ -35,11 +35,12 @@ Variables = Any
 
 
 class Tile(NamedTuple):
-    """A tile of each block of a batch: its place there, and the matrices that lead to it."""
+    """A tile of each block of a batch: its place there, and the taps that lead to it."""
 
     place: Size
-    rows: tuple[jax.Array, ...]  # one a view: [B, TILE[0], canvas height]
-    columns: tuple[jax.Array, ...]  # [B, TILE[1], canvas width]
+    # (cells, weight), each [B, TILE, taps], for each view; from the canvases' rows and columns
+    rows: tuple[tuple[jax.Array, jax.Array], ...]
+    columns: tuple[tuple[jax.Array, jax.Array], ...]
 
 
 class Programs(NamedTuple):
@@ -160,10 +161,10 @@ def make_programs(config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh) -> Progr
         return tuple(canvases)
 
     def probabilities(fields: Any, rows: Any, columns: Any) -> jax.Array:
-        """One block's: for each view [h, w, C] -> [rows, columns, C], the mean over views."""
+        """One block's: for each view [h, w, C] -> [*TILE, C], the mean over views."""
         total = jnp.zeros(())
         for view in zip(fields, rows, columns, strict=True):
-            resized = apply_matrices(*view)
+            resized = apply_taps(*view)
             averaged = protocol in AVERAGES_PROBABILITIES
             total += resized if averaged else jax.nn.softmax(resized)
         return total / len(fields)
@@ -172,8 +173,7 @@ def make_programs(config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh) -> Progr
         def on_device(fields, tile, arrays):
             def one(args):
                 fields, rows, columns, arrays = args
-                whole = jax.tree.map(lambda x: x[None], (fields, rows, columns))
-                return fn(probabilities(*whole)[0], *arrays)
+                return fn(probabilities(fields, rows, columns), *arrays)
 
             return lax.map(one, (fields, *tile, arrays))
 
@@ -185,27 +185,32 @@ def make_programs(config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh) -> Progr
 
 
 def tiles(blocks: Sequence[Block], programs: Programs) -> Iterator[Tile]:
-    """The tiles that cover the blocks of a batch, with their matrices on the devices."""
+    """The tiles that cover the blocks of a batch, with their taps on the devices."""
     largest = np.max([block.size for block in blocks], 0)
-    views = range(len(blocks[0].parts))
     exact = jnp.result_type(float)  # float64 where that is enabled
 
-    def matrices(axis: int, start: int) -> tuple[jax.Array, ...]:
+    def taps(axis: int, start: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
         stacked = []
-        for v in views:
-            cells = blocks[0].parts[v].canvas[axis]
-            matrix = np.zeros((programs.batch, TILE[axis], cells), exact)
-            for i, block in enumerate(blocks):
-                part = (block.parts[v].rows, block.parts[v].columns)[axis]
-                cut = part[start : start + TILE[axis]]
-                matrix[i, : len(cut), : cut.shape[1]] = cut
-            stacked.append(put_batch(matrix, programs.mesh))
+        for parts in zip(*(block.parts for block in blocks), strict=True):
+            own = [(part.rows, part.columns)[axis] for part in parts]
+            # Powers of two, since the number of taps is a shape.
+            count = 1 << (max(t.cells.shape[1] for t in own) - 1).bit_length()
+            cells = np.zeros((programs.batch, TILE[axis], count), np.int32)
+            weight = np.zeros((programs.batch, TILE[axis], count), exact)
+            for array, values in (
+                (cells, [t.cells for t in own]),
+                (weight, [t.weight for t in own]),
+            ):
+                for i, value in enumerate(values):
+                    cut = value[start : start + TILE[axis]]
+                    array[i, : len(cut), : cut.shape[1]] = cut
+            stacked.append(put_batch((cells, weight), programs.mesh))
         return tuple(stacked)
 
     for left in range(0, largest[1], TILE[1]):
-        columns = matrices(1, left)
+        columns = taps(1, left)
         for top in range(0, largest[0], TILE[0]):
-            yield Tile((top, left), matrices(0, top), columns)
+            yield Tile((top, left), taps(0, top), columns)
 
 
 def overlap(block: Block, place: Size) -> tuple[tuple[slice, slice], tuple[slice, slice]]:

@@ -7,8 +7,8 @@
     mmseg_slide  windows as mmsegmentation slides them
     whole        the image in one piece, by its long side: quick, for training
 
-All of it is numpy, and separable: a matrix for each axis resizes, divides by the number of windows
-over a pixel and cuts padding away in one product. Sizes are (height, width).
+All of it is numpy, and separable: for each axis a sparse matrix resizes, divides by the number of
+windows over a pixel and cuts padding away in one product. Sizes are (height, width).
 """
 
 import math
@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from ml_collections import ConfigDict
 
-from psp_jax.model.resample import resize_matrix
+from psp_jax.model.resample import Taps, resize_taps
 
 SLIDING = ('semseg', 'caffe', 'mmseg_slide')
 AVERAGES_PROBABILITIES = ('semseg', 'caffe')  # of windows; the others average logits
@@ -33,7 +33,7 @@ class Axis(NamedTuple):
     """One axis of a view: where windows lie, and how their scores become those of the pixels."""
 
     starts: tuple[int, ...]  # of the windows, in the padded picture and on the canvas
-    matrix: np.ndarray  # float64 [pixels of the image, cells of the canvas]
+    taps: Taps  # from cells of the canvas, one row a pixel of the image
 
 
 class View(NamedTuple):
@@ -79,8 +79,7 @@ def view(size: Size, scale: float, mirror: bool, config: ConfigDict) -> View:
     seen = seen_size(size, scale, config)
     if protocol not in SLIDING:
         rows, columns = (
-            Axis((0,), full_matrix(-(-seen[i] // 8), seen[i], size[i], align_corners))
-            for i in (0, 1)
+            Axis((0,), full_taps(-(-seen[i] // 8), seen[i], size[i], align_corners)) for i in (0, 1)
         )
         lead, padded, window = (0, 0), seen, seen
     else:
@@ -96,7 +95,7 @@ def view(size: Size, scale: float, mirror: bool, config: ConfigDict) -> View:
             for i in (0, 1)
         )
     if mirror:
-        columns = Axis(columns.starts, columns.matrix[::-1])
+        columns = Axis(columns.starts, Taps(*(x[::-1] for x in columns.taps)))
     return View(seen, lead, padded, window, mirror, rows, columns)
 
 
@@ -111,13 +110,12 @@ def sliding_axis(
     for start in starts:
         covering[start : start + window] += 1
     if config.eval.protocol == 'caffe':
-        resizing = matlab_matrix(seen, pixels)
+        cells, weight = matlab_taps(seen, pixels)
     else:
         corners = config.model.align_corners and config.eval.protocol == 'mmseg_slide'
-        resizing = resize_matrix(seen, pixels, corners)  # OpenCV's; semseg's whatever its network
-    matrix = np.zeros((pixels, padded))
-    matrix[:, lead : lead + seen] = resizing / covering[lead : lead + seen]
-    return Axis(starts, matrix)
+        # OpenCV's; semseg's, whatever its network does.
+        cells, weight = resize_taps(seen, pixels, corners)
+    return Axis(starts, Taps(cells + lead, weight / covering[cells + lead]))
 
 
 def seen_size(size: Size, scale: float, config: ConfigDict) -> Size:
@@ -144,16 +142,17 @@ def seen_size(size: Size, scale: float, config: ConfigDict) -> Size:
     return max(to_int(long / width * height), 1), long
 
 
-def full_matrix(features: int, seen: int, size: int, align_corners: bool) -> np.ndarray:
+def full_taps(features: int, seen: int, size: int, align_corners: bool) -> Taps:
     """Logits of `features` cells -> the `seen` pixels of the network's input -> `size` pixels of
-    the label, one axis of it: float64 [size, features]. The references also resize in two steps.
+    the label, one axis of it. The references also resize in two steps.
     """
-    up = resize_matrix(features, seen, align_corners)
-    return resize_matrix(seen, size, align_corners) @ up
+    up, last = resize_taps(features, seen, align_corners), resize_taps(seen, size, align_corners)
+    weight = last.weight[..., None] * up.weight[last.cells]
+    return Taps(up.cells[last.cells].reshape(size, -1), weight.reshape(size, -1))
 
 
-def matlab_matrix(size: int, new_size: int) -> np.ndarray:
-    """MATLAB's imresize(..., 'bilinear') of an axis: float64 [new_size, size], rows sum to 1.
+def matlab_taps(size: int, new_size: int) -> Taps:
+    """MATLAB's imresize(..., 'bilinear') of an axis; weights sum to 1.
 
     Where it shrinks, the triangle is as wide as a new pixel (antialiasing); beyond the edges the
     axis is mirrored.
@@ -161,15 +160,19 @@ def matlab_matrix(size: int, new_size: int) -> np.ndarray:
     factor = new_size / size
     narrow = min(factor, 1.0)
     center = (np.arange(new_size) + 0.5) / factor - 0.5
-    reach = math.ceil(1 / narrow) + 1
-    cells = np.floor(center)[:, None] + np.arange(-reach, reach + 1)
-    weights = np.maximum(0, 1 - np.abs(narrow * (center[:, None] - cells)))
-    weights /= weights.sum(1, keepdims=True)
-    around = cells.astype(int) % (2 * size)
-    matrix = np.zeros((new_size, size))
-    inside = np.where(around < size, around, 2 * size - 1 - around)
-    np.add.at(matrix, (np.arange(new_size)[:, None], inside), weights)
-    return matrix
+    first = np.ceil(center - 1 / narrow)
+    cells = first[:, None] + np.arange(math.floor(2 / narrow) + 1)
+    weight = np.maximum(0, 1 - np.abs(narrow * (center[:, None] - cells)))
+    around = cells.astype(np.int32) % (2 * size)
+    index = np.where(around < size, around, 2 * size - 1 - around)
+    return Taps(index, weight / weight.sum(1, keepdims=True))
+
+
+def resample(x: np.ndarray, taps: Taps, axis: int) -> np.ndarray:
+    """Maps an axis of [H, W, C]: float64."""
+    shape = (-1, 1, 1) if axis == 0 else (1, -1, 1)
+    columns = zip(taps.cells.T, taps.weight.T, strict=True)
+    return sum(np.take(x, cells, axis) * weight.reshape(shape) for cells, weight in columns)
 
 
 def picture(image: np.ndarray, view: View, config: ConfigDict) -> np.ndarray:
@@ -177,9 +180,9 @@ def picture(image: np.ndarray, view: View, config: ConfigDict) -> np.ndarray:
     height, width = view.size
     protocol = config.eval.protocol
     if protocol == 'caffe':
-        rows, columns = (matlab_matrix(image.shape[i], view.size[i]) for i in (0, 1))
-        resized = np.einsum('oh,hwc->owc', rows, image.astype(np.float64), optimize=True)
-        resized = np.einsum('pw,owc->opc', columns, resized, optimize=True)
+        resized = image
+        for axis in (0, 1):
+            resized = resample(resized, matlab_taps(image.shape[axis], view.size[axis]), axis)
         # imresize gives uint8 as it gets uint8; halves are to round up whatever the last bit says.
         resized = np.floor(np.clip(resized, 0, 255) + 0.5 + 1e-9).astype(np.float32)
     else:
@@ -209,8 +212,8 @@ class Part(NamedTuple):
     window: Size  # true size of a window
     shape: Size  # of the network's input that holds it
     canvas: Size  # [H, W] of the scores
-    rows: np.ndarray  # [pixels of the block, cells of the canvas]
-    columns: np.ndarray
+    rows: Taps  # from the canvas to the block's pixels
+    columns: Taps
 
 
 class Block(NamedTuple):
@@ -267,17 +270,18 @@ def _spans(size: int, count: int) -> list[tuple[int, int]]:
 
 def _windows(axis: Axis, start: int, stop: int, window: int) -> tuple[int, ...]:
     """The windows that have a part in pixels start..stop-1."""
-    used = np.flatnonzero(axis.matrix[start:stop].any(0))
-    return tuple(s for s in axis.starts if s <= used[-1] and s + window > used[0])
+    cells, weight = (x[start:stop] for x in axis.taps)
+    used = cells[weight > 0]
+    return tuple(s for s in axis.starts if s <= used.max() and s + window > used.min())
 
 
 def _cut(
     axis: Axis, start: int, stop: int, window: int, canvas: int
-) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The matrix of pixels start..stop-1 from a canvas that begins at their first window."""
+) -> tuple[Taps, tuple[int, ...]]:
+    """The taps of pixels start..stop-1 from a canvas that begins at their first window."""
     starts = _windows(axis, start, stop, window)
-    matrix = axis.matrix[start:stop, starts[0] : starts[0] + canvas]
-    return np.pad(matrix, ((0, 0), (0, canvas - matrix.shape[1]))), starts
+    cells, weight = (x[start:stop] for x in axis.taps)
+    return Taps(np.clip(cells - starts[0], 0, canvas - 1), weight), starts
 
 
 def _canvas_of_blocks(view: View, size: Size, counts: list[int], crop: Size) -> Size:

@@ -5,7 +5,8 @@ matrix products (what accelerators are best at), and differentiable by construct
 is not linear and takes its windows one by one.
 """
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,24 +32,36 @@ def pooling_matrix(size: int, bins: int) -> np.ndarray:
     return matrix
 
 
-def resize_matrix(size: int, new_size: int, align_corners: bool) -> np.ndarray:
-    """Interpolates an axis of `size` cells at `new_size` points: float64[new_size, size].
+class Taps(NamedTuple):
+    """A sparse matrix [n, size] with a few values a row: where they stand, and what they are."""
+
+    cells: np.ndarray  # int32 [n, taps]
+    weight: np.ndarray  # float64 [n, taps]
+
+
+def resize_taps(size: int, new_size: int, align_corners: bool) -> Taps:
+    """Interpolates an axis of `size` cells at `new_size` points, from the two nearest cells.
 
     Linear interpolation, no antialiasing. With `align_corners` the first and last cells coincide
     (point i lies at i * (size - 1) / (new_size - 1)); without, the axes' outer edges do (point i
-    lies at (i + 0.5) * size / new_size - 0.5, clamped to the first cell). Rows sum to 1.
+    lies at (i + 0.5) * size / new_size - 0.5, clamped to the first cell). Weights sum to 1.
     """
     points = np.arange(new_size)
     if align_corners:
         position = points * ((size - 1) / max(new_size - 1, 1))
     else:
         position = np.maximum((points + 0.5) * (size / new_size) - 0.5, 0.0)
-    low = np.minimum(position.astype(int), size - 1)
+    low = np.minimum(position.astype(np.int32), size - 1)
     high = np.minimum(low + 1, size - 1)
     weight = position - low
+    return Taps(np.stack([low, high], 1), np.stack([1.0 - weight, weight], 1))
+
+
+def resize_matrix(size: int, new_size: int, align_corners: bool) -> np.ndarray:
+    """`resize_taps` as float64[new_size, size]; rows sum to 1."""
+    cells, weight = resize_taps(size, new_size, align_corners)
     matrix = np.zeros((new_size, size))
-    np.add.at(matrix, (points, low), 1.0 - weight)
-    np.add.at(matrix, (points, high), weight)
+    np.add.at(matrix, (np.arange(new_size)[:, None], cells), weight)
     return matrix
 
 
@@ -101,6 +114,37 @@ def apply_matrices(
         own = 'b' + own if matrix.ndim == 3 else own
         x = jnp.einsum(f'{own},bhwc->{out}', matrix.astype(exact), x, precision=highest)
     return x.astype(x_BHWC.dtype)
+
+
+def apply_taps(
+    x_hwC: jax.Array, rows: tuple[jax.Array, jax.Array], columns: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+    """Maps height by taps `rows`, (cells, weight) [H, taps], and width by `columns`: [H, W, C].
+
+    As matrices, which is what TPUs are good at; CPUs and GPUs gather the few cells that count,
+    ten times faster on a CPU.
+    """
+
+    def gathered(x: jax.Array, *taps: jax.Array) -> jax.Array:
+        for axis, (cells, weight) in enumerate(zip(taps[::2], taps[1::2], strict=True)):
+            shape = (-1, 1, 1) if axis == 0 else (1, -1, 1)
+            taken = (
+                jnp.take(x, cells[:, t], axis) * weight[:, t].reshape(shape)
+                for t in range(cells.shape[1])
+            )
+            x = functools.reduce(jnp.add, taken)
+        return x
+
+    def multiplied(x: jax.Array, *taps: jax.Array) -> jax.Array:
+        dense = []
+        for size, cells, weight in zip(x.shape, taps[::2], taps[1::2], strict=False):
+            chosen = cells[..., None] == jnp.arange(size)
+            dense.append(jnp.sum(jnp.where(chosen, weight[..., None], 0), 1))
+        return apply_matrices(x[None], *dense)[0]
+
+    return jax.lax.platform_dependent(
+        x_hwC, *rows, *columns, cpu=gathered, cuda=gathered, default=multiplied
+    )
 
 
 def resize(
