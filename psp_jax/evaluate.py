@@ -43,7 +43,7 @@ class Scored:
     number: int
     panel: Panel  # its prediction is zeros where none was asked for
     blocks: int  # still to come
-    confusion: Any = 0  # int64 [classes, classes]
+    confusion: Any = 0  # int [classes, classes]
     loss: float = 0.0
     count: int = 0
 
@@ -87,8 +87,11 @@ def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> 
     programs = inference.make_programs(config, model, mesh)
     score_tile = programs.on_tile(score)
 
-    def read(number: int) -> list[Example]:
-        image, label = source.read(number)
+    def read(number: int) -> tuple[int, np.ndarray, np.ndarray]:
+        return number, *source.read(number)
+
+    def prepare(decoded: tuple[int, np.ndarray, np.ndarray]) -> list[Example]:
+        number, image, label = decoded
         blocks = protocols.blocks(image, config, len(names))
         return [Example(number, image, label, block, len(blocks)) for block in blocks]
 
@@ -125,7 +128,8 @@ def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> 
                 if not result.blocks:
                     yield unfinished.pop(number)
 
-        examples = read_ahead(read, numbers, config.data.threads)
+        # Pictures at all scales take much more memory than images: few are ahead.
+        examples = read_ahead(prepare, read_ahead(read, numbers, config.data.threads), 2)
         unread = None
         for batch in inference.make_batches(examples, programs.batch):
             outputs = dispatch(variables, batch)
@@ -134,6 +138,7 @@ def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> 
             unread = batch, outputs
         if unread:
             yield from collect(*unread)
+        programs.release()
 
     def local(variables: Any) -> Any:
         one = jax.tree.map(lambda x: x.addressable_data(0), variables)
@@ -247,8 +252,12 @@ def write_html(
         'devices': devices,
         'versions': f'jax {jax.__version__}, numpy {np.__version__}',
     }
+
+    def named(number: int) -> str:
+        return source.files[number][0] if source.files else source.name(number)
+
     shown = [
-        html_report.Shown(title, source.name(number).split(' ')[0], result.each[number], *panel)
+        html_report.Shown(title, named(number), result.each[number], *panel)
         for title, found in panels.items()
         for number, panel in found.items()
     ]
@@ -276,20 +285,26 @@ def ranked(each: np.ndarray, most: int = 3) -> dict[str, list[int]]:
 def prediction_writer(
     source: Source, folder: str, config: ConfigDict
 ) -> Callable[[int, np.ndarray], None]:
-    """Writes FOLDER/predictions/NAME.png of an image in the form that the data set's server takes.
+    """Writes FOLDER/predictions/SPLIT/NAME.png of an image as the data set's server takes it.
 
-    ADE20K: 1..150; Cityscapes: label ids; others: class ids with a palette, as PASCAL VOC's.
+    ADE20K: 1..150; Cityscapes: label ids; others: class ids with a palette, as PASCAL VOC's. NAME
+    is the image's, below the folder that all have in common. Raises UserError for two of a name.
     """
-    paths = [image for image, _ in source.files]
+    paths = [image.partition('://')[2] or image for image, _ in source.files]
+    paths = [os.path.abspath(path) for path in paths]
     common = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ''
+    names = [os.path.splitext(os.path.relpath(path, common))[0] for path in paths]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f'two images are called {twice}: their predictions would have one name')
     space = label_space(config.data.classes)
+    plain = config.data.classes in ('ade20k', 'cityscapes')
 
     def write(number: int, prediction: np.ndarray) -> None:
-        name = paths[number][len(common) :].lstrip('/') if paths else source.name(number)
-        path = f'{folder}/predictions/{os.path.splitext(name)[0]}.png'
+        name = names[number] if names else source.name(number)
+        path = f'{folder}/predictions/{config.eval.split}/{name}.png'
         tf.io.gfile.makedirs(os.path.dirname(path))
         stored = stored_ids(prediction, config.data.classes)
-        plain = config.data.classes in ('ade20k', 'cityscapes')
         with tf.io.gfile.GFile(path, 'wb') as file:
             file.write(labels_png(stored, None if plain else space))
 
@@ -304,19 +319,21 @@ def evaluate_checkpoint(
     Of a split without labels it writes the predictions alone.
     """
     path, step = checkpoint.find(workdir, which)
-    try:
-        tf.io.gfile.makedirs(f'{workdir}/eval')
-    except tf.errors.OpError as error:
-        raise UserError(
-            f'{workdir}/eval: cannot be written ({error.message}); set --workdir'
-        ) from error
     config = config or checkpoint.config_of(path, step, overrides)
+    folder, where = folder_of(workdir, step, config), path / str(step)
+    try:
+        tf.io.gfile.makedirs(folder)
+        with tf.io.gfile.GFile(f'{folder}/.probe', 'w') as file:
+            file.write('')
+        tf.io.gfile.remove(f'{folder}/.probe')
+    except tf.errors.OpError as error:
+        raise UserError(f'{folder}: cannot be written ({error.message}); set --workdir') from error
     source = make_source(config.data, config.eval.split)
     check_source(source)
     variables = restore_variables(config, path, step)
-    folder, where = folder_of(workdir, step, config), path / str(step)
-    write = prediction_writer(source, folder, config)
-    if not source.labelled:
+    saves = config.eval.save_predictions or not source.labelled
+    write = prediction_writer(source, folder, config) if saves else None
+    if write and not source.labelled:
         predict_split(config, variables, source, write)
         report.say(f'{source.length} predictions written to {folder}/predictions')
         return
@@ -325,7 +342,7 @@ def evaluate_checkpoint(
         f'{config.eval.protocol}'
     )
     evaluator = make_evaluator(config, pspnet.build(config), source)
-    result = evaluator.evaluate(variables, step, write if config.eval.save_predictions else None)
+    result = evaluator.evaluate(variables, step, write)
     write_result(result, workdir, config)
     chosen = ranked(result.each)
     found = evaluator.panels(variables, [n for numbers in chosen.values() for n in numbers])
@@ -346,7 +363,8 @@ def predict_split(
         return number, source.read(number)[0]
 
     images = read_ahead(read, share, config.data.threads)
-    found = Predictor(config, variables).stream(images)
+    # As a split with labels is scored, whatever the size of its images.
+    found = Predictor(config, variables, piece=float('inf')).stream(images)
     for number, _, prediction in tqdm(
         found, total=len(share), desc='predicting', unit='image', disable=not report.on_terminal()
     ):

@@ -58,7 +58,7 @@ def export_weights(workdir: str, which: str, output: str) -> None:
     tensors = {semseg_name(name): to_torch(array) for name, array in arrays.items()}
     options = as_options(json.loads(checkpoint.read_meta(path, step)['config']))
     metadata = {'format': 'pt', 'psp_jax': json.dumps(options)}
-    with whole_file(output) as unfinished:
+    with report.whole_file(output) as unfinished:
         safetensors.numpy.save_file(tensors, unfinished, metadata=metadata)
     report.say(f'{len(tensors)} arrays of {path / str(step)} written to {output}')
 
@@ -79,7 +79,7 @@ def export_program(
     variables = restore_variables(config, path, step)
     model = pspnet.build(config)
     exported = program(model, config, jax.device_get(variables))
-    with whole_file(output) as unfinished, open(unfinished, 'wb') as file:
+    with report.whole_file(output) as unfinished, open(unfinished, 'wb') as file:
         file.write(exported.serialize())
     (images,), (logits,) = exported.in_avals, exported.out_avals
     report.say(
@@ -121,22 +121,3 @@ def _file_names_only() -> Iterator[None]:
         yield
     finally:
         jax.config.update(key, before)
-
-
-@contextmanager
-def whole_file(output: str) -> Iterator[str]:
-    """Gives a path to write to; what is there becomes `output` at the end of the block.
-
-    If the block fails nothing is left. Raises UserError for a path that cannot be written.
-    """
-    unfinished = f'{output}.unfinished'
-    try:
-        yield unfinished
-        os.replace(unfinished, output)
-    except BaseException as error:
-        if os.path.isfile(unfinished):
-            os.remove(unfinished)
-        # safetensors has an exception of its own, with the system's error in its text
-        if isinstance(error, OSError) or 'I/O' in str(error) or 'os error' in str(error):
-            raise UserError(f'--output={output}: cannot be written ({error})') from error
-        raise

@@ -49,21 +49,26 @@ class Programs(NamedTuple):
     fields: Callable[[Variables, Sequence[Block]], tuple[jax.Array, ...]]
     on_tile: Callable[..., Any]
     mesh: Mesh
+    release: Callable[[], None]  # frees what `fields` keeps on the devices
     batch: int  # blocks that `fields` takes at a time
 
 
-def make_programs(config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh) -> Programs:
+def make_programs(
+    config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh, images: int = 0
+) -> Programs:
     """The programs of `config.eval` on the devices of `mesh`.
 
     `fields(variables, blocks)` gives the scores of at most `batch` blocks of one kind: for each
     view [batch, canvas height, canvas width, classes]. They live until the next call.
     `on_tile(fn)` compiles fn(probabilities [rows, columns, classes], *arrays) -> tree as a program
-    (fields, tile, *arrays [B, ...]) -> tree [B, ...] for `tiles`.
+    (fields, tile, *arrays [B, ...]) -> tree [B, ...] for `tiles`. `images`, where given, takes the
+    place of `eval.batch_size` for protocols that show images in one piece.
     """
     protocol, mirrored = config.eval.protocol, flips(config)
     devices = mesh.size
-    per_device = -(-config.eval.batch_size // devices)  # windows, or whole images
     slides = protocol in SLIDING
+    calls = config.eval.batch_size if slides or not images else images
+    per_device = -(-calls // devices)  # windows, or whole images
     split, everywhere = PartitionSpec('data'), PartitionSpec()
 
     def sharded(fn: Callable[..., Any], *whole: bool, **keys: Any) -> Callable[..., Any]:
@@ -138,11 +143,13 @@ def make_programs(config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh) -> Progr
             found = kept.pop((v, *shape), None)
             canvases.append(put_batch(np.zeros(shape, exact), mesh) if found is None else found)
         kept.clear()
-        for begin in range(0, len(slots), per_device):
-            chunk = slots[begin : begin + per_device]
-            windows = np.zeros((devices, per_device, *parts[0].shape, 3), np.float32)
-            sizes = np.full((devices, per_device, 2), 8, np.int32)
-            places = np.zeros((per_device, devices, 2), np.int32)
+        # Few windows do not fill a call; powers of two, for few programs.
+        count = min(per_device, 1 << (len(slots) - 1).bit_length())
+        for begin in range(0, len(slots), count):
+            chunk = slots[begin : begin + count]
+            windows = np.zeros((devices, count, *parts[0].shape, 3), np.float32)
+            sizes = np.full((devices, count, 2), 8, np.int32)
+            places = np.zeros((count, devices, 2), np.int32)
             for device, block in enumerate(blocks):
                 for k, (v, i) in enumerate(chunk):
                     part = block.parts[v]
@@ -181,7 +188,8 @@ def make_programs(config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh) -> Progr
         return lambda fields, tile, *arrays: run(fields, (tile.rows, tile.columns), arrays)
 
     batch = devices if slides else per_device * devices
-    return Programs(sliding_fields if slides else whole_fields, on_tile, mesh, batch)
+    fields = sliding_fields if slides else whole_fields
+    return Programs(fields, on_tile, mesh, kept.clear, batch)
 
 
 def tiles(blocks: Sequence[Block], programs: Programs) -> Iterator[Tile]:
@@ -238,9 +246,14 @@ class Example(NamedTuple):
 
 
 def make_batches(examples: Iterable[list[Example]], size: int) -> Iterator[list[Example]]:
-    """Groups blocks of one kind, at most `size` at a time, each exactly once."""
+    """Groups blocks of one kind, at most `size` at a time, each exactly once.
+
+    At most 4 * `size` wait for others of their kind.
+    """
     waiting: dict[Any, list[Example]] = {}
     for example in chain.from_iterable(examples):
+        if sum(map(len, waiting.values())) >= 4 * size:
+            yield waiting.pop(max(waiting, key=lambda kind: len(waiting[kind])))
         kind = example.block.kind
         group = waiting.setdefault(kind, [])
         group.append(example)

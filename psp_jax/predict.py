@@ -32,20 +32,29 @@ from psp_jax.state import restore_variables
 
 K = TypeVar('K')
 
-PIECE = 2**22  # pixels; beyond, a network that sees images in one piece gets windows of them
+PIECE = 2**22  # pixels; larger images are not shown in one piece
+ENDINGS = ('.png', '_overlay.jpg', '.npy')
+IN_WINDOWS = {'whole': 'semseg', 'mmseg': 'mmseg_slide'}  # by the same side of the image
+OVERLAY = 8192  # pixels; overlays of larger pictures are reduced to this side
 
 
 class Predictor:
     """A trained network with its configuration; `load` makes one.
 
     Calling it with an image, uint8 [H, W, 3] RGB or [H, W] grey of any size, gives class ids
-    uint8 [H, W] by the protocol of `config.eval`.
+    uint8 [H, W] by the protocol of `config.eval`; images that a protocol would show in one piece of
+    more than `piece` pixels go by windows. For one thread at a time.
     """
 
-    def __init__(self, config: ConfigDict, variables: Any):
+    def __init__(self, config: ConfigDict, variables: Any, piece: float = PIECE):
         self.config = config
         self.space: LabelSpace = label_space(config.data.classes)
         self._variables = variables
+        self._piece = piece  # pixels that the network is shown at once
+        self._configs = {config.eval.protocol: config}
+        if config.eval.protocol in IN_WINDOWS:
+            large = in_windows(config)
+            self._configs[large.eval.protocol] = large
         self._made: dict[str, tuple[Programs, Callable[..., Any], Callable[..., Any]]] = {}
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
@@ -97,22 +106,24 @@ class Predictor:
                 left[example.number] -= 1
                 if not left[example.number]:
                     yield waiting.pop(example.number)[:3]
+        for programs, _, _ in self._made.values():
+            programs.release()
 
     def _blocks(self, image: np.ndarray) -> list[Block]:
         config = self.config
-        if config.eval.protocol not in protocols.SLIDING:
+        if config.eval.protocol in IN_WINDOWS:
             size = image.shape[0], image.shape[1]
             seen = protocols.seen_size(size, max(config.eval.scales), config)
-            config = config if seen[0] * seen[1] <= PIECE else in_windows(config)
+            if seen[0] * seen[1] > self._piece:
+                config = self._configs[IN_WINDOWS[config.eval.protocol]]
         return protocols.blocks(image, config, len(self.space.names))
 
     def _programs(self, protocol: str) -> tuple[Programs, Callable[..., Any], Callable[..., Any]]:
         """Those for blocks of a protocol, and for class ids and probabilities of a tile."""
         if protocol not in self._made:
-            own = protocol == self.config.eval.protocol
-            config = self.config if own else in_windows(self.config)
+            config = self._configs[protocol]
             mesh = local_mesh(config.mesh.data)
-            made = inference.make_programs(config, pspnet.build(config), mesh)
+            made = inference.make_programs(config, pspnet.build(config), mesh, images=mesh.size)
             ids = made.on_tile(lambda p: jnp.argmax(p, -1).astype(jnp.uint8))
             self._made[protocol] = made, ids, made.on_tile(lambda p: p)
         return self._made[protocol]
@@ -135,9 +146,10 @@ class Predictor:
 
 
 def in_windows(config: ConfigDict) -> ConfigDict:
-    """The same scales by sliding windows, whose memory does not grow with the image."""
+    """The same sizes and scales by sliding windows, whose memory does not grow with the image."""
     flip = str(protocols.flips(config)).lower()
-    return resolve(flatten(config) | {'eval.protocol': 'semseg', 'eval.flip': flip})
+    protocol = IN_WINDOWS[config.eval.protocol]
+    return resolve(flatten(config) | {'eval.protocol': protocol, 'eval.flip': flip})
 
 
 def load(
@@ -174,26 +186,35 @@ def as_rgb(image: np.ndarray) -> np.ndarray:
 # ---- The command line
 
 
-def find_images(images: str) -> dict[str, str]:
+def find_images(images: str, output: str = '') -> dict[str, str]:
     """{path: name without suffix, relative to the folder} of a picture, a folder or a glob.
 
-    Raises UserError where there is none, or two would share a name.
+    What lies in the folder `output` is not among those of a folder. Raises UserError where there
+    is none, or two would share a name.
     """
     if os.path.isdir(images):
-        found = [os.path.join(at, name) for at, _, names in os.walk(images) for name in names]
-        found = [path for path in found if path.lower().endswith(PICTURES)]
+        found = []
+        for at, folders, names in os.walk(images):
+            folders[:] = [f for f in folders if not _same(os.path.join(at, f), output)]
+            found += [os.path.join(at, n) for n in names if n.lower().endswith(PICTURES)]
+    elif os.path.isfile(images):
+        found = [images]
     else:
         found = [path for path in glob.glob(images, recursive=True) if os.path.isfile(path)]
     if not found:
         raise UserError(f'--images={images}: no picture, folder of pictures, or glob of some')
     folder = images if os.path.isdir(images) else os.path.commonpath(map(os.path.dirname, found))
-    names: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for path in sorted(found):
         name = os.path.splitext(os.path.relpath(path, folder or '.'))[0]
-        if name in names:
-            raise UserError(f'{names[name]} and {path} have the same name: predict them apart')
-        names[name] = path
-    return {path: name for name, path in names.items()}
+        if name in by_name:
+            raise UserError(f'{by_name[name]} and {path} have the same name: predict them apart')
+        by_name[name] = path
+    return {path: name for name, path in by_name.items()}
+
+
+def _same(path: str, other: str) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def predict_images(
@@ -203,9 +224,14 @@ def predict_images(
 
     images: as for `find_images`. For `a/b.jpg` there are OUTPUT/b.png (class ids with the
     palette), OUTPUT/b_overlay.jpg and, with `probabilities`, OUTPUT/b.npy (float16 [H, W,
-    classes]). Raises UserError where OUTPUT cannot be written.
+    classes]). Each appears once it is whole. Raises UserError where OUTPUT cannot be written or
+    the label maps would replace the pictures.
     """
-    names = find_images(images)
+    names = find_images(images, output)
+    for path, name in names.items():
+        for ending in ENDINGS:
+            if _same(path, os.path.join(output, name + ending)):
+                raise UserError(f'--output={output}: would replace {path}; name another folder')
     bad: list[str] = []
 
     def read(path: str) -> np.ndarray | UserError:
@@ -223,9 +249,12 @@ def predict_images(
         return target
 
     def scores(path: str, shape: tuple[int, int, int]) -> np.ndarray:
-        return np.lib.format.open_memmap(place(path, '.npy'), 'w+', np.float16, shape)
+        unfinished = place(path, '.npy') + '.unfinished'
+        return np.lib.format.open_memmap(unfinished, 'w+', np.float16, shape)
 
-    place(next(iter(names)), '')  # before anything is compiled
+    with report.whole_file(place(next(iter(names)), '.probe')) as probe:  # before compiling
+        open(probe, 'w').close()
+    os.remove(place(next(iter(names)), '.probe'))
     with tqdm(total=len(names), desc='predicting', unit='image', disable=None) as bar:
 
         def readable() -> Iterator[tuple[str, np.ndarray]]:
@@ -239,10 +268,13 @@ def predict_images(
 
         done = predictor.stream(readable(), scores if probabilities else None)
         for path, image, ids in done:
-            with open(place(path, '.png'), 'wb') as file:
+            if probabilities:
+                os.replace(place(path, '.npy') + '.unfinished', place(path, '.npy'))
+            with report.whole_file(place(path, '.png')) as part, open(part, 'wb') as file:
                 file.write(labels_png(ids, predictor.space))
-            overlay = draw_overlay(image, ids, predictor.space)
-            Image.fromarray(overlay).save(place(path, '_overlay.jpg'), quality=92)
+            overlay = Image.fromarray(draw_overlay(image, ids, predictor.space))
+            with report.whole_file(place(path, '_overlay.jpg')) as part:
+                overlay.save(part, 'JPEG', quality=92)
             bar.update()
     return bad
 
@@ -258,7 +290,15 @@ def labels_png(ids: np.ndarray, space: LabelSpace | None) -> bytes:
 
 
 def draw_overlay(image: np.ndarray, ids: np.ndarray, space: LabelSpace) -> np.ndarray:
-    """The picture under half-transparent class colours, with a legend of its classes below."""
+    """The picture under half-transparent class colours, with a legend of its classes below.
+
+    At most OVERLAY pixels a side: JPEG ends at 65,500.
+    """
+    scale = min(1, OVERLAY / max(ids.shape))
+    if scale < 1:
+        size = max(round(ids.shape[1] * scale), 1), max(round(ids.shape[0] * scale), 1)
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        ids = cv2.resize(ids, size, interpolation=cv2.INTER_NEAREST)
     blended = cv2.addWeighted(image, 0.5, space.colors[ids], 0.5, 0)
     present = np.unique(ids).tolist()
     width = max(blended.shape[1], 160)
@@ -281,7 +321,7 @@ def predict_checkpoint(
     """
     path, step = checkpoint.find(workdir, which)
     config = config or checkpoint.config_of(path, step, overrides)
-    count = len(find_images(images))
+    count = len(find_images(images, output))
     report.say(f'{path / str(step)} on {count} pictures by protocol {config.eval.protocol}')
     predictor = Predictor(config, restore_variables(config, path, step))
     bad = predict_images(predictor, images, output, probabilities)

@@ -88,8 +88,9 @@ def view(size: Size, scale: float, mirror: bool, config: ConfigDict) -> View:
         least = (0, 0) if protocol == 'mmseg_slide' else crop
         padded = max(seen[0], least[0]), max(seen[1], least[1])
         window = min(crop[0], padded[0]), min(crop[1], padded[1])
-        half = 2 if protocol == 'semseg' else 2 * max(padded)  # others pad behind only
-        lead = (padded[0] - seen[0]) // half, (padded[1] - seen[1]) // half
+        lead = (0, 0)  # the others pad behind only
+        if protocol == 'semseg':
+            lead = (padded[0] - seen[0]) // 2, (padded[1] - seen[1]) // 2
         rows, columns = (
             sliding_axis(size[i], seen[i], lead[i], padded[i], window[i], crop[i], config)
             for i in (0, 1)
@@ -129,14 +130,14 @@ def seen_size(size: Size, scale: float, config: ConfigDict) -> Size:
         seen = tuple(max(round((side * factor - extra) / 8), 1) * 8 + extra for side in size)
         return seen[0], seen[1]
     if protocol in ('mmseg', 'mmseg_slide'):
-        limit = max(MMSEG_LONG_SIDE, base)
+        limit = max(MMSEG_LONG_SIDE, 2 * base - 1)  # that of its base 1025 is 2049
         factor = min(limit / max(size), base / min(size)) if base else 1.0
         return max(int(height * factor * scale + 0.5), 1), max(int(width * factor * scale + 0.5), 1)
     base = base or max(size)
     if protocol == 'caffe':
         long, to_int = round(base * scale) + 1, lambda x: math.floor(x + 0.5)  # MATLAB's round
     else:
-        long, to_int = round(base * scale), round
+        long, to_int = max(round(base * scale), 1), round
     if height > width:
         return long, max(to_int(long / height * width), 1)
     return max(to_int(long / width * height), 1), long
@@ -302,10 +303,11 @@ def canvas_size(view: View, config: ConfigDict) -> Size:
     if config.eval.protocol not in SLIDING:
         height, width = window_shape(view, config)
         return -(-height // 8), -(-width // 8)
-    side = max(*view.padded, *crop_size(config))
+    crop = crop_size(config)
+    height, width = max(view.padded[0], crop[0]), max(view.padded[1], crop[1])
     if config.eval.protocol == 'mmseg_slide' or not config.eval.base_size:
-        side = -(-side // 256) * 256  # long sides differ from image to image
-    return side, side
+        return -(-height // 256) * 256, -(-width // 256) * 256  # no side is that of all images
+    return max(height, width), max(height, width)
 
 
 def window_shape(view: View, config: ConfigDict) -> Size:

@@ -61,7 +61,7 @@ def test_figures_equal_the_official_scripts(tmp_path):
     assert main(['--mode', 'eval', '--workdir', str(workdir)]) == 0
     ours = json.loads((workdir / 'eval' / 'metrics.json').read_text())
 
-    folder = workdir / 'eval' / '1-whole' / 'predictions'
+    folder = workdir / 'eval' / '1-whole' / 'predictions' / 'val'
     predictions = [str(folder / f'{line.split(" ")[0][16:]}') for line in lines]
     official.args.evalInstLevelScore = official.args.JSONOutput = False
     official.args.quiet = True

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psp_jax.metrics import confusion_matrix, scores
+from psp_jax.data.labels import stored_ids
+from psp_jax.metrics import confusion_matrix, extra_scores, scores
 
 
 def counted(predictions, labels, classes):
@@ -69,3 +70,28 @@ def test_a_class_predicted_but_absent_from_the_labels_counts_as_zero():
 def test_counts_stay_exact_beyond_what_32_bits_hold():
     matrix = np.full((2, 2), 2**33, np.int64)
     assert scores(matrix, ('a', 'b'))['classes'][0]['pixels'] == 2**34
+
+
+def test_the_challenge_score_is_the_mean_of_miou_and_pixel_accuracy():
+    matrix = np.zeros((150, 150), np.int64)
+    matrix[0, 0], matrix[1, 0], matrix[2, 2] = 3, 1, 4
+    expected = ((3 / 4 + 0 + 1) / 150 + 7 / 8) / 2
+    assert extra_scores(matrix, 'ade20k') == {'challenge_score': pytest.approx(expected)}
+    assert extra_scores(matrix, '150') == {}
+
+
+def test_categories_of_cityscapes_count_a_confusion_within_them_as_right():
+    matrix = np.zeros((19, 19), np.int64)
+    matrix[13, 14] = 6  # car as truck: both vehicles
+    matrix[11, 13] = 2  # person as car
+    found = extra_scores(matrix, 'cityscapes')
+    assert found['categories']['vehicle'] == pytest.approx(6 / 8)
+    assert found['categories']['human'] == 0 and found['categories']['sky'] is None
+    assert found['category_mIoU'] == pytest.approx((6 / 8 + 0) / 2)
+
+
+def test_ids_are_stored_as_the_servers_take_them():
+    ids = np.array([[0, 13, 18]], np.uint8)
+    assert stored_ids(ids, 'ade20k').tolist() == [[1, 14, 19]]
+    assert stored_ids(ids, 'cityscapes').tolist() == [[7, 26, 33]]
+    assert stored_ids(ids, 'voc2012').tolist() == [[0, 13, 18]]

@@ -1,11 +1,15 @@
 """Label maps of pictures of all kinds, by the command line and by the API."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from psp_jax import predict
 from psp_jax.data.labels import label_space
+from psp_jax.data.sources import make_source
 from psp_jax.errors import UserError
 from psp_jax.main import main
 
@@ -106,15 +110,16 @@ def test_configuration_of_the_checkpoint_can_be_overridden(trained):
         predict.load(str(trained.workdir), overrides={'eval.protocl': 'semseg'})
 
 
-def test_large_images_are_seen_in_windows(trained, network, monkeypatch):
-    monkeypatch.setattr(predict, 'PIECE', 50 * 50)
-    windows = predict.load(
-        str(trained.workdir), 'best', {'eval.protocol': 'semseg', 'eval.flip': 'false'}
-    )
+def test_large_images_are_seen_in_windows(trained):
     image = a_picture(70, 90)
-    np.testing.assert_allclose(
-        network.probabilities(image), windows.probabilities(image), atol=1e-6
-    )
+    for protocol, windows in (('whole', 'semseg'), ('mmseg', 'mmseg_slide')):
+        keys = {'eval.protocol': protocol, 'eval.flip': 'true', 'eval.base_size': 80}
+        large, expected = (
+            predict.load(str(trained.workdir), 'best', keys | {'eval.protocol': name})
+            for name in (protocol, windows)
+        )
+        found = predict.Predictor(large.config, large._variables, 50 * 50).probabilities(image)
+        np.testing.assert_allclose(found, expected.probabilities(image), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +148,18 @@ def test_images_that_cannot_be_found_are_one_line(images, message, trained, tmp_
     assert message in error and error.count('\n') == 1 and not (tmp_path / 'o').exists()
 
 
+def test_pictures_are_never_replaced_by_their_label_maps(trained, tmp_path, capsys):
+    Image.fromarray(a_picture()).save(tmp_path / 'a.png')
+    before = (tmp_path / 'a.png').read_bytes()
+    words = ['--mode', 'predict', '--workdir', str(trained.workdir), '--images', str(tmp_path)]
+    assert main([*words, '--output', str(tmp_path)]) == 2
+    assert f'would replace {tmp_path / "a.png"}' in capsys.readouterr().err
+    assert (tmp_path / 'a.png').read_bytes() == before
+    (tmp_path / 'out').mkdir()
+    Image.fromarray(a_picture()).save(tmp_path / 'out' / 'a.png')
+    assert list(predict.find_images(str(tmp_path), str(tmp_path / 'out')).values()) == ['a']
+
+
 def test_an_output_that_cannot_be_written_is_one_line(trained, tmp_path, capsys):
     Image.fromarray(a_picture()).save(tmp_path / 'a.png')
     (tmp_path / 'file').write_text('')
@@ -160,3 +177,60 @@ def test_a_glob_keeps_folders_below_the_common_one(tmp_path):
     found = predict.find_images(f'{tmp_path}/*/*')
     assert sorted(found.values()) == ['a/x', 'b/x', 'b/y']
     assert list(predict.find_images(f'{tmp_path}/b/y.jpg').values()) == ['y']
+
+
+# ---- Splits by --mode eval
+
+
+def copy_of(trained, tmp_path):
+    shutil.copytree(trained.workdir / 'checkpoints', tmp_path / 'run' / 'checkpoints')
+    return ['--mode', 'eval', '--workdir', str(tmp_path / 'run')]
+
+
+def test_sliding_windows_by_the_command_line_leave_a_report(trained, tmp_path, capsys):
+    words = ['--config.eval.protocol=semseg', '--config.eval.scales=(1, 1.5)']
+    words += ['--config.eval.base_size=64', '--config.eval.save_predictions=true']
+    assert main([*copy_of(trained, tmp_path), *words]) == 0
+    folder = tmp_path / 'run' / 'eval' / '10-semseg'
+    scores = json.loads((folder / 'metrics.json').read_text())
+    assert (scores['protocol'], scores['scales'], scores['flip']) == ('semseg', [1.0, 1.5], True)
+    assert (tmp_path / 'run' / 'eval' / 'metrics.json').read_text() == (
+        folder / 'metrics.json'
+    ).read_text()
+    page = (folder / 'report.html').read_text()
+    assert f'{scores["mIoU"]:.2%}' in page and 'best' in page and 'semseg, scales 1, 1.5' in page
+    # The predictions on file are those that were scored.
+    predictions = sorted((folder / 'predictions' / 'val').glob('*.png'))
+    network = predict.load(
+        str(trained.workdir),
+        'latest',
+        {'eval.protocol': 'semseg', 'eval.scales': (1.0, 1.5), 'eval.base_size': 64},
+    )
+    source = make_source(network.config.data, 'val')
+    assert len(predictions) == source.length == scores['images']
+    for number, path in enumerate(predictions):
+        with Image.open(path) as picture:
+            found = np.asarray(picture)
+        np.testing.assert_array_equal(found, network(source.read(number)[0]))
+    assert 'written to' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('form', ['list', 'dirs'])
+def test_a_split_without_labels_gets_predictions_alone(form, trained, tmp_path, capsys):
+    for i in range(2):
+        path = tmp_path / 'images' / f'unknown {i}.png'
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(a_picture(seed=i)).save(path)
+    (tmp_path / 'test.txt').write_text('images/unknown 0.png\nimages/unknown 1.png\n')
+    words = ['--config.eval.split=test', f'--config.data.root={tmp_path}']
+    words += [f'--config.data.source={form}']
+    words += ['--config.data.test=test.txt' if form == 'list' else '--config.data.test=images']
+    assert main([*copy_of(trained, tmp_path), *words]) == 0
+    written = [p.relative_to(tmp_path / 'run' / 'eval') for p in tmp_path.rglob('run/eval/**/*.*')]
+    assert sorted(map(str, written)) == [
+        f'10-whole/predictions/test/unknown {i}.png' for i in range(2)
+    ]
+    with Image.open(tmp_path / 'run/eval/10-whole/predictions/test/unknown 1.png') as picture:
+        ids = np.asarray(picture)
+    network = predict.load(str(trained.workdir))
+    np.testing.assert_array_equal(ids, network(a_picture(seed=1)))

@@ -148,7 +148,7 @@ class Loop:
         total = 0
         h, w = image.shape[:2]
         for scale in scales:
-            long = round(scale * base)
+            long = max(round(scale * base), 1)
             nh, nw = (long, round(long / h * w)) if h > w else (round(long / w * h), long)
             nh, nw = max(nh, 1), max(nw, 1)  # where the reference fails
             seen = cv2.resize(image.astype(np.float32), (nw, nh), interpolation=cv2.INTER_LINEAR)
@@ -318,6 +318,8 @@ def test_window_grids_of_cityscapes_are_the_references(scale, windows):
         ('mmseg', (512, 683), 512, 1.0, (512, 683)),
         ('mmseg', (300, 3000), 512, 1.0, (205, 2048)),
         ('mmseg', (1024, 2048), 1024, 1.75, (1792, 3584)),
+        ('mmseg', (1024, 2048), 1025, 1.0, (1025, 2049)),
+        ('semseg', (1, 1), 1, 0.5, (1, 1)),
         ('semseg', (5, 5), 7, 0.5, (4, 4)),
         ('semseg', (5, 5), 5, 0.5, (2, 2)),
     ],

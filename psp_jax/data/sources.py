@@ -130,7 +130,8 @@ def _read_list(path: str, root: str, may_lack_labels: bool) -> list[tuple[str, s
             continue
         fields = line.split('\t') if '\t' in line else line.strip().rsplit(' ', 1)
         fields = [field.strip() for field in fields]
-        if may_lack_labels and (len(fields) == 1 or not fields[-1].lower().endswith(PICTURES)):
+        pictures = [field.lower().endswith(PICTURES) for field in fields]
+        if may_lack_labels and pictures != [True, True]:  # a path with spaces, or one alone
             fields = [line.strip(), '']
             unlabelled += 1
         elif len(fields) != 2 or not all(fields):
