@@ -47,6 +47,9 @@ class Predictor:
     """
 
     def __init__(self, config: ConfigDict, variables: Any, piece: float = PIECE):
+        # Results do not depend on the canvases; few of them serve pictures of many sizes.
+        multiple = max(config.eval.multiple, 64)
+        config = resolve(flatten(config) | {'eval.multiple': multiple})
         self.config = config
         self.space: LabelSpace = label_space(config.data.classes)
         self._variables = variables

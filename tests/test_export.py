@@ -157,6 +157,7 @@ def test_the_file_tells_no_folder_of_this_computer(program_file):
     assert not any(b'/' in name for name in sources)
 
 
+@pytest.mark.slow
 def test_overrides_set_size_resizing_and_precision(workdir, program_file, tmp_path):
     output = tmp_path / 'model.jaxexport'
     options = {

@@ -237,7 +237,7 @@ def test_mmsegmentations_protocols_equal_a_loop(protocol, align_corners, flip, v
     keys = {'model.align_corners': align_corners, 'eval.flip': flip, 'eval.multiple': 64}
     config = config_of(protocol, **keys, **{'eval.base_size': 40, 'eval.scales': (0.5, 1.25)})
     predictor, loop = Predictor(config, variables), Loop(config, variables)
-    for size in SIZES[:2] if flip == 'auto' else SIZES[2:3]:
+    for size in SIZES[1:2] if flip == 'auto' else SIZES[2:3]:
         image = picture(size)
         expected = getattr(loop, protocol)(image, 40, (0.5, 1.25), flip == 'true')
         assert_equal(predictor.probabilities(image), expected)
