@@ -355,7 +355,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used_without_it(
     process = python('-m', 'psp_jax.main', *words, '--mode', 'eval')
     assert process.returncode == 2 and 'never retrieved' not in process.stderr
     for error in (process.stderr.splitlines()[0], error_of(capsys, *words)):
-        assert f'{copy_of_run}/checkpoints/10: cannot be read' in error
+        assert f'{copy_of_run}/checkpoints/10: cannot be read' in error, process.stderr
         assert 'remove this folder' in error and len(error) < 800
     shutil.rmtree(copy_of_run / 'checkpoints' / '10')
     assert main(['--mode', 'eval', '--workdir', str(copy_of_run)]) == 0
