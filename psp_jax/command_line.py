@@ -5,7 +5,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from psp_jax.errors import UserError
 
@@ -42,6 +42,13 @@ def quieten_libraries() -> None:
     logging.set_verbosity(logging.ERROR)
     # Of the many reads of a damaged checkpoint orbax awaits one; asyncio prints the errors of all.
     python_logging.getLogger('asyncio').setLevel(python_logging.CRITICAL)
+    sys.excepthook = _excepthook
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, where: Any) -> None:
+    """Python's own, but for those reads that end when nobody's event loop is there any more."""
+    if not (kind is RuntimeError and str(error) == 'Event loop is closed'):
+        sys.__excepthook__(kind, error, where)
 
 
 def disk_is_full(error: BaseException) -> bool:
