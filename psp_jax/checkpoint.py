@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from psp_jax.config import apply_overrides, check_config, from_json
+from psp_jax.config import from_json
 from psp_jax.errors import UserError
 
 # What orbax and tensorstore raise where files of a checkpoint are missing, cut off or changed.
@@ -136,10 +136,7 @@ def config_of(path: epath.Path, step: int, overrides: Iterable[str] = ()) -> Con
 
     Raises UserError for an unknown key and an illegal value.
     """
-    config = from_json(read_meta(path, step)['config'])
-    apply_overrides(config, overrides)
-    check_config(config)
-    return config
+    return from_json(read_meta(path, step)['config'], overrides)
 
 
 def shapes(path: epath.Path, step: int, parts: Iterable[str]) -> dict[str, Any]:

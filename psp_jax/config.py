@@ -238,13 +238,14 @@ def to_json(config: ConfigDict) -> str:
     return '{\n' + ',\n'.join(lines) + '\n}\n'
 
 
-def from_json(text: str) -> ConfigDict:
+def from_json(text: str, overrides: Iterable[str] = ()) -> ConfigDict:
     """What to_json wrote, lists as tuples again; keys that it lacks get their defaults."""
     return resolve(
         {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in json.loads(text).items()
-        }
+        },
+        overrides,
     )
 
 

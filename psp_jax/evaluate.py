@@ -164,11 +164,9 @@ def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> 
             for result in scored(local(variables), share, predict=write is not None):
                 confusion += result.confusion
                 loss, count = loss + result.loss, count + result.count
-                each[result.number] = (
-                    metrics.scores(result.confusion, names)['mIoU']
-                    if (result.confusion.any())
-                    else np.nan
-                )
+                labelled = result.confusion.any()
+                own = metrics.scores(result.confusion, names)['mIoU'] if labelled else np.nan
+                each[result.number] = own
                 if write:
                     write(result.number, result.panel.prediction)
                 bar.update()

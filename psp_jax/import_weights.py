@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from psp_jax.command_line import Parser, exit_code, quieten_libraries, split_overrides
-from psp_jax.config import flatten, from_json, load_config, to_json
+from psp_jax.config import flatten, load_config, to_json
 from psp_jax.errors import UserError
 from psp_jax.legal import as_text
 from psp_jax.weight_files import Arrays, is_checkpoint, read_file
@@ -243,7 +243,7 @@ def _from_checkpoint(
     from psp_jax import checkpoint
 
     path, step = checkpoint.find_in(source)
-    saved = from_json(checkpoint.read_meta(path, step)['config'])
+    saved = checkpoint.config_of(path, step)
     given = checkpoint.shapes(path, step, ('params', 'batch_stats'))
     fresh = set(skipped)
     if not any('/aux_head/' in name for name in given):

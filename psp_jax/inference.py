@@ -53,22 +53,18 @@ class Programs(NamedTuple):
     batch: int  # blocks that `fields` takes at a time
 
 
-def make_programs(
-    config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh, images: int = 0
-) -> Programs:
+def make_programs(config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh) -> Programs:
     """The programs of `config.eval` on the devices of `mesh`.
 
     `fields(variables, blocks)` gives the scores of at most `batch` blocks of one kind: for each
     view [batch, canvas height, canvas width, classes]. They live until the next call.
     `on_tile(fn)` compiles fn(probabilities [rows, columns, classes], *arrays) -> tree as a program
-    (fields, tile, *arrays [B, ...]) -> tree [B, ...] for `tiles`. `images`, where given, takes the
-    place of `eval.batch_size` for protocols that show images in one piece.
+    (fields, tile, *arrays [B, ...]) -> tree [B, ...] for `tiles`.
     """
     protocol, mirrored = config.eval.protocol, flips(config)
     devices = mesh.size
     slides = protocol in SLIDING
-    calls = config.eval.batch_size if slides or not images else images
-    per_device = -(-calls // devices)  # windows, or whole images
+    per_device = -(-config.eval.batch_size // devices)  # windows, or whole images
     split, everywhere = PartitionSpec('data'), PartitionSpec()
 
     def sharded(fn: Callable[..., Any], *whole: bool, **keys: Any) -> Callable[..., Any]:

@@ -126,7 +126,9 @@ class Predictor:
         if protocol not in self._made:
             config = self._configs[protocol]
             mesh = local_mesh(config.mesh.data)
-            made = inference.make_programs(config, pspnet.build(config), mesh, images=mesh.size)
+            if protocol not in protocols.SLIDING:  # one image a device: more may not come
+                config = resolve(flatten(config) | {'eval.batch_size': mesh.size})
+            made = inference.make_programs(config, pspnet.build(config), mesh)
             ids = made.on_tile(lambda p: jnp.argmax(p, -1).astype(jnp.uint8))
             self._made[protocol] = made, ids, made.on_tile(lambda p: p)
         return self._made[protocol]
@@ -221,16 +223,15 @@ def _same(path: str, other: str) -> bool:
 
 
 def predict_images(
-    predictor: Predictor, images: str, output: str, probabilities: bool
+    predictor: Predictor, names: Mapping[str, str], output: str, probabilities: bool
 ) -> list[str]:
     """Writes the label map and an overlay of each picture; returns what could not be read.
 
-    images: as for `find_images`. For `a/b.jpg` there are OUTPUT/b.png (class ids with the
+    names: as `find_images` gives them. For `a/b.jpg` there are OUTPUT/b.png (class ids with the
     palette), OUTPUT/b_overlay.jpg and, with `probabilities`, OUTPUT/b.npy (float16 [H, W,
     classes]). Each appears once it is whole. Raises UserError where OUTPUT cannot be written or
     the label maps would replace the pictures.
     """
-    names = find_images(images, output)
     for path, name in names.items():
         for ending in ENDINGS:
             if _same(path, os.path.join(output, name + ending)):
@@ -324,10 +325,10 @@ def predict_checkpoint(
     """
     path, step = checkpoint.find(workdir, which)
     config = config or checkpoint.config_of(path, step, overrides)
-    count = len(find_images(images, output))
-    report.say(f'{path / str(step)} on {count} pictures by protocol {config.eval.protocol}')
+    names = find_images(images, output)
+    report.say(f'{path / str(step)} on {len(names)} pictures by protocol {config.eval.protocol}')
     predictor = Predictor(config, restore_variables(config, path, step))
-    bad = predict_images(predictor, images, output, probabilities)
-    report.say(f'{count - len(bad)} label maps and overlays written to {output}')
+    bad = predict_images(predictor, names, output, probabilities)
+    report.say(f'{len(names) - len(bad)} label maps and overlays written to {output}')
     if bad:
-        raise UserError(f'{len(bad)} of {count} pictures could not be read: {"; ".join(bad)}')
+        raise UserError(f'{len(bad)} of {len(names)} pictures could not be read: {"; ".join(bad)}')

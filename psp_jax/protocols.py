@@ -56,11 +56,9 @@ def crop_size(config: ConfigDict) -> Size:
 
 def flips(config: ConfigDict) -> bool:
     """Whether mirror images are averaged in."""
-    return (
-        config.eval.protocol in MIRRORS
-        if config.eval.flip == 'auto'
-        else (config.eval.flip == 'true')
-    )
+    if config.eval.flip == 'auto':
+        return config.eval.protocol in MIRRORS
+    return config.eval.flip == 'true'
 
 
 def views(size: Size, config: ConfigDict) -> list[View]:
@@ -74,7 +72,7 @@ def views(size: Size, config: ConfigDict) -> list[View]:
 
 
 def view(size: Size, scale: float, mirror: bool, config: ConfigDict) -> View:
-    """One view; its matrices are of the whole image (`cut` makes parts of them)."""
+    """One view; its taps are of the whole image (`_cut` makes parts of them)."""
     protocol, align_corners = config.eval.protocol, config.model.align_corners
     seen = seen_size(size, scale, config)
     if protocol not in SLIDING:
@@ -239,9 +237,8 @@ def blocks(image: np.ndarray, config: ConfigDict, classes: int) -> list[Block]:
     pictures = [picture(image, view, config) for view in seen]
     canvases = [canvas_size(view, config) for view in seen]
     counts = [1, 1]  # of blocks over the height and the width
-    while config.eval.protocol in SLIDING and max(size) > 1:
-        if sum(h * w for h, w in canvases) * classes * 4 <= CANVAS_BYTES:
-            break
+    cells = CANVAS_BYTES // (4 * classes)
+    while config.eval.protocol in SLIDING and sum(h * w for h, w in canvases) > cells:
         longest = 0 if size[0] / counts[0] >= size[1] / counts[1] else 1
         if size[longest] // counts[longest] < 64:
             break

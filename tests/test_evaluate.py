@@ -56,6 +56,14 @@ def variables_and_model(config):
     variables = dict(jax.jit(lambda: init_variables(model, 0))())
     # The running statistics of some data, so that activations are of a natural size.
     images = np.stack([cv2.resize(read(i)[0], (49, 49)) for i in range(4)])
+    updated = batch_stats_after(config, variables, images)
+    variables['batch_stats'] = jax.tree.map(lambda x: x * 10, updated)
+    return variables, model
+
+
+def batch_stats_after(config, variables, images):
+    """The running statistics after one update by a batch of uint8 images."""
+    model = pspnet.build(config)
     _, updates = jax.jit(
         lambda v, x: model.apply(
             v,
@@ -65,8 +73,7 @@ def variables_and_model(config):
             rngs={'dropout': jax.random.key(0)},
         )
     )(variables, images)
-    variables['batch_stats'] = jax.tree.map(lambda x: x * 10, updates['batch_stats'])
-    return variables, model
+    return updates['batch_stats']
 
 
 def naive_confusion(variables, model, config):

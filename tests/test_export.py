@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax.traverse_util import unflatten_dict
-from parity import cases
+from parity import cases, our_side
 
 from psp_jax import checkpoint, export, report
-from psp_jax.config import from_json, resolve, to_json
+from psp_jax.config import resolve, to_json
 from psp_jax.errors import UserError
+from psp_jax.import_weights import semseg_name, to_torch
 from psp_jax.model import pspnet
 from psp_jax.state import init_variables
 
@@ -43,29 +44,14 @@ np.save('logits.npy', call(np.load('images.npy')))
 """
 
 
-def made_up(shapes):
-    """Values that keep activations of order one, for a tree of shapes. float32."""
-    rng = np.random.default_rng(0)
-
-    def fill(path, leaf):
-        kind = path[-1].key
-        if kind == 'var':
-            value = rng.uniform(0.5, 1.5, leaf.shape)
-        elif kind == 'kernel':
-            value = rng.normal(0, np.sqrt(2 / np.prod(leaf.shape[:3])), leaf.shape)
-        elif kind == 'scale':
-            value = rng.uniform(0.4, 0.8, leaf.shape)
-        else:
-            value = rng.normal(0, 0.1, leaf.shape)
-        return value.astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(fill, shapes)
-
-
 def make_run(workdir, dtype):
     """A working directory whose checkpoint holds made-up values, the same in each precision."""
-    shapes = jax.eval_shape(lambda: init_variables(pspnet.build(resolve(NETWORK)), 0))
-    variables = jax.tree.map(lambda x: x.astype(dtype), made_up(shapes))
+    network = resolve(NETWORK)
+    shapes = jax.eval_shape(lambda: init_variables(pspnet.build(network), 0))
+    empty = {n: np.empty(leaf.shape) for n, leaf in checkpoint.named_leaves(shapes).items()}
+    weights = cases.made_up({semseg_name(n): to_torch(x).shape for n, x in empty.items()})
+    variables = our_side.variables_of(network, weights)
+    variables = jax.tree.map(lambda x: np.asarray(x).astype(dtype), variables)
     config = to_json(resolve(NETWORK | {'dtype': dtype}))
     checkpoint.save_variables(str(workdir), variables, {'config': config})
     return str(workdir)
@@ -112,7 +98,7 @@ def upsampled(x, size, align_corners):
 def expected(workdir, images, **options):
     """Logits of the model itself, at the images' size."""
     path, step = checkpoint.find(workdir, 'latest')
-    config = from_json(checkpoint.read_meta(path, step)['config'])
+    config = checkpoint.config_of(path, step)
     config.update_from_flattened_dict(options)
     model = pspnet.build(config)
     forward = jax.jit(lambda v, x: model.apply(v, pspnet.normalise(x, config), False)[0])

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax import monitoring
+from test_evaluate import batch_stats_after
 
 from psp_jax import protocols
 from psp_jax.config import resolve
@@ -41,22 +42,12 @@ def config_of(protocol, **keys):
 @pytest.fixture(scope='module')
 def variables():
     """Made-up weights by which every class is predicted somewhere."""
-    model = pspnet.build(config_of('whole'))
-    made = jax.jit(lambda: init_variables(model, 3))()
+    config = config_of('whole')
+    made = jax.jit(lambda: init_variables(pspnet.build(config), 3))()
     images = np.stack([picture((33, 33), seed) for seed in range(8)])
-    _, updates = jax.jit(
-        lambda v, x: model.apply(
-            v,
-            pspnet.normalise(x, config_of('whole')),
-            True,
-            mutable=['batch_stats'],
-            rngs={'dropout': jax.random.key(0)},
-        )
-    )(made, images)
-    # The running statistics are a tenth of those images' own.
-    stats = jax.tree.map(
-        lambda new, old: old + 10 * (new - old), updates['batch_stats'], made['batch_stats']
-    )
+    updated = batch_stats_after(config, made, images)
+    # One update goes a tenth of the way to the images' own statistics.
+    stats = jax.tree.map(lambda new, old: old + 10 * (new - old), updated, made['batch_stats'])
     head = made['params']['head']
     classifier = jax.tree.map(lambda x: 8 * x, head['classifier'])
     params = made['params'] | {'head': head | {'classifier': classifier}}
@@ -311,6 +302,7 @@ def test_window_grids_of_cityscapes_are_the_references(scale, windows):
         ('whole', (360, 480), 481, 1.0, (361, 481)),
         ('whole', (1024, 2048), 2048, 1.0, (1025, 2049)),
         ('whole', (473, 473), 0, 1.0, (473, 473)),
+        ('whole', (512, 683), 512, 1.0, (385, 513)),
         ('whole', (5, 5), 0, 1.0, (9, 9)),
         ('whole', (360, 480), 481, 0.5, (177, 241)),
         ('caffe', (512, 683), 512, 1.0, (385, 513)),
@@ -327,6 +319,17 @@ def test_window_grids_of_cityscapes_are_the_references(scale, windows):
 def test_sizes_that_the_network_sees(protocol, size, base, scale, expected):
     config = config_of(protocol, **{'eval.base_size': base})
     assert protocols.seen_size(size, scale, config) == expected
+
+
+def test_without_aligned_corners_sides_are_multiples_of_the_stride():
+    config = config_of('whole', **{'eval.base_size': 512, 'model.align_corners': False})
+    assert protocols.seen_size((512, 683), 1.0, config) == (384, 512)
+
+
+def test_canvases_of_whole_images_are_multiples():
+    config = config_of('whole', **{'eval.base_size': 512, 'eval.multiple': 64})
+    view = protocols.view((512, 700), 1.0, False, config)
+    assert (view.size, protocols.window_shape(view, config)) == ((377, 513), (385, 513))
 
 
 def test_logits_are_resized_in_the_references_two_steps():
