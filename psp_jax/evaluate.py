@@ -321,9 +321,10 @@ def evaluate_checkpoint(
     folder, where = folder_of(workdir, step, config), path / str(step)
     try:
         tf.io.gfile.makedirs(folder)
-        with tf.io.gfile.GFile(f'{folder}/.probe', 'w') as file:
+        probe = f'{folder}/.probe{jax.process_index()}'  # processes may be here at the same time
+        with tf.io.gfile.GFile(probe, 'w') as file:
             file.write('')
-        tf.io.gfile.remove(f'{folder}/.probe')
+        tf.io.gfile.remove(probe)
     except tf.errors.OpError as error:
         raise UserError(f'{folder}: cannot be written ({error.message}); set --workdir') from error
     source = make_source(config.data, config.eval.split)
