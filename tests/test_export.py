@@ -174,8 +174,8 @@ def test_three_lines_and_jax_alone_run_the_program(
     if dtype == 'float32':
         path.symlink_to(program_file)
     else:  # enabled for a whole process; the one that runs the program does without
-        words = make_run(tmp_path / 'run', dtype), 'latest', str(path)
-        run = python('-c', f'from psp_jax.export import export\nexport(*{words})')
+        words = '--mode', 'export', '--workdir', make_run(tmp_path / 'run', dtype), '--output', path
+        run = python('-m', 'psp_jax.main', *words)
         assert run.returncode == 0, run.stderr
     images = pictures(2)
     np.save(tmp_path / 'images.npy', images)
