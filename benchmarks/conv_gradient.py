@@ -27,7 +27,7 @@ from psp_jax.config import load_config
 from psp_jax.data.labels import label_space
 from psp_jax.mesh import make_mesh, put_batch, replicated
 from psp_jax.model import layers, pspnet
-from psp_jax.state import create_state
+from psp_jax.state import create_state, jit_for_one_call
 
 CONFIG = Path(__file__).parents[1] / 'configs' / 'camvid.py'
 CONVOLUTIONS = {'shifts': layers.spatial_conv, 'native': layers.native_conv}
@@ -59,7 +59,7 @@ def compare(config: ConfigDict, repeats: int) -> dict[str, Any]:
     model = pspnet.build(config)
     params = jax.eval_shape(lambda: create_state(model, optax.identity(), config.seed)).params
     tx = optimizer.make_optimizer(params, config.optimizer)
-    make_state = jax.jit(
+    make_state = jit_for_one_call(
         lambda: create_state(model, tx, config.seed), out_shardings=replicated(mesh)
     )
     batch = put_batch(random_batch(config), mesh)

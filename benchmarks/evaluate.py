@@ -30,7 +30,7 @@ from psp_jax.model import pspnet
 from psp_jax.model.resample import resize
 from psp_jax.predict import Predictor
 from psp_jax.protocols import blocks
-from psp_jax.state import init_variables
+from psp_jax.state import init_variables, jit_for_one_call
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 SIZES = ((512, 683), (683, 512), (480, 640), (600, 600), (768, 1024))  # ADE20K's are alike
@@ -96,7 +96,7 @@ def plain_loop(image: np.ndarray, forward: Any, config: ConfigDict) -> np.ndarra
 def compare(flags: argparse.Namespace) -> dict[str, Any]:
     config = config_of(flags)
     model = pspnet.build(config)
-    variables = jax.jit(lambda: init_variables(model, 0))()
+    variables = jit_for_one_call(lambda: init_variables(model, 0))()
     predictor = Predictor(config, variables)
 
     @jax.jit
@@ -163,7 +163,7 @@ def main() -> None:
     elif flags.memory:
         height, width = map(int, flags.memory.split('x'))
         config = config_of(flags)
-        variables = jax.jit(lambda: init_variables(pspnet.build(config), 0))()
+        variables = jit_for_one_call(lambda: init_variables(pspnet.build(config), 0))()
         Predictor(config, variables)(picture((height, width), 0))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         report = {'height': height, 'width': width, 'peak_GiB': round(peak, 2)}

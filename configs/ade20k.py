@@ -12,6 +12,7 @@ Arguments:
   reduce=true       false = no 1x1 convolutions within the pyramid
   aux=0.4           weight of the auxiliary loss; 0 = without the auxiliary head
   augment=true      false = crops only: no scaling, rotation, blur or mirroring
+  source=dirs       dirs: the folders below; tfds: what psp_jax.datasets prepares
 
 Expect:   published validation mIoU / pixel accuracy, by sliding windows at a single scale:
           PSPNet-50 41.68 / 80.04 (paper, Table 3) and 41.89 / 80.39 (semseg's README),
@@ -22,12 +23,13 @@ Expect:   published validation mIoU / pixel accuracy, by sliding windows at a si
 
 Data:     ADEChallengeData2016 as it is downloaded, in `data/ade20k` (or --config.data.root=DIR):
           images/{training,validation}/*.jpg and annotations/{training,validation}/*.png,
-          20,210 and 2,000 pairs. Label 0 ('other') is ignored, 1 to 150 become 0 to 149.
+          20,210 and 2,000 pairs. Label 0 ('other') is ignored, 1 to 150 become 0 to 149. Or, with
+          source=tfds, `python -m psp_jax.datasets ade20k`, which downloads the archive (0.9 GB).
 """
 
 from ml_collections import ConfigDict
 
-from psp_jax.config import default_config, imagenet_weights, parse_arg, set_depth
+from psp_jax.config import default_config, imagenet_weights, parse_arg, read_tfds, set_depth
 from psp_jax.legal import choose
 
 
@@ -41,6 +43,7 @@ def get_config(arg: str = '') -> ConfigDict:
         reduce=True,
         aux=0.4,
         augment=True,
+        source='dirs',
     )
     config = default_config()
     config.total_steps = choose('recipe', args.recipe, {'paper': 150_000, 'semseg': 126_300})
@@ -52,6 +55,8 @@ def get_config(arg: str = '') -> ConfigDict:
     config.data.classes = 'ade20k'
     config.data.label_map = 'minus_one'
     config.data.crop = 473
+    if choose('source', args.source, {'dirs': False, 'tfds': True}):
+        read_tfds(config, 'ade20k')
     if not args.augment:
         config.data.scale = (1.0, 1.0)
         config.data.rotate = 0.0

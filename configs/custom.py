@@ -1,40 +1,53 @@
-"""PSPNet on your own images: copy this file, and change what is marked.
+"""PSPNet on your own images. docs/your_data.md goes through it step by step.
 
-Command:  python -m psp_jax.main --config configs/custom.py --workdir runs/mine
+Command:  python -m psp_jax.main --config configs/custom.py:root=data/mine \
+              --config.data.classes=road,tree,car --workdir runs/mine
+
+          No line here needs to be changed for that. For more than a try, copy the file and change
+          what is marked: it then tells what you ran.
 
 Arguments:
+  root=data/custom  the folder with your data
+  source=dirs       dirs: the folders images/{train,val} and labels/{train,val}, whose files have
+                    the same names; list: the files train.txt and val.txt, lines of 'image label'
   depth=50          18 | 34 | 50 | 101 | 152 | 269; 18 is the one for a small machine
   steps=20000       training steps
 
-Data:     a folder of images and a folder of label maps for each split. A label map is a PNG of its
-          image's size and name, whose values are class ids: 0, 1, 2, ... in the order of
-          data.classes, and 255 for pixels that do not count. A palette PNG is read as its indices.
+Data:     images and label maps of the same size. A label map is a PNG whose values are class ids:
+          0, 1, 2, ... in the order of data.classes, and 255 for pixels that do not count. A palette
+          PNG is read as its indices. `python -m psp_jax.data.convert` makes label maps and lists of
+          what annotation tools write.
 
 Expect:   nothing yet. If validation mIoU stays near 1 / classes, look at data.label_map first.
 """
 
 from ml_collections import ConfigDict
 
-from psp_jax.config import default_config, parse_arg, set_depth
+from psp_jax.config import default_config, imagenet_weights, parse_arg, set_depth
+from psp_jax.legal import choose
+
+LAYOUTS = {
+    'dirs': ('images/train,labels/train', 'images/val,labels/val'),
+    'list': ('train.txt', 'val.txt'),
+}
 
 
 def get_config(arg: str = '') -> ConfigDict:
-    args = parse_arg(arg, depth=50, steps=20_000)
+    args = parse_arg(arg, root='data/custom', source='dirs', depth=50, steps=20_000)
     config = default_config()
     config.batch_size = 16  # CHANGE if memory is short: learning_rate in proportion
     config.total_steps = args.steps
     config.eval_every = 1_000
 
-    config.data.source = 'dirs'  # or 'list', for files of lines 'image label'
-    config.data.root = 'data/custom'  # CHANGE
-    config.data.train = 'images/train,labels/train'  # CHANGE
-    config.data.val = 'images/val,labels/val'  # CHANGE
+    config.data.source = args.source
+    config.data.root = args.root  # CHANGE
+    config.data.train, config.data.val = choose('source', args.source, LAYOUTS)
     config.data.classes = 'background,object'  # CHANGE: names in the order of their ids
     config.data.label_map = ''  # CHANGE if values are not class ids: '{0: 255, 7: 1}'
     config.data.crop = 473  # CHANGE to 8n + 1, about the size that images have
 
     set_depth(config, args.depth)
-    # CHANGE to pretrained weights; 'hf://timm/resnet50s.gluon_in1k' fits depth 50
-    config.init_from = ''
+    config.init_from = imagenet_weights(args.depth)  # '' for 18, 34 and 269: none are public
     config.eval.base_size = 0  # CHANGE to a number of pixels if images are large
+    config.eval.multiple = 64  # few programs, should the images have many sizes
     return config

@@ -58,10 +58,12 @@ def default_config() -> ConfigDict:
         data=-1,  # devices that the batch is divided over; -1 = all there are
     )
     config.data = _group(
-        source='list',  # list | dirs | scenes (drawn on the fly, nothing to download)
-        root='',  # folder or gs:// address that the paths below are relative to
-        # What each split reads. list: a list file; dirs: 'IMAGES_DIR,LABELS_DIR';
-        # scenes: 'FIRST:LAST', a range of scene numbers.
+        source='list',  # list | dirs | tfds:NAME | scenes (drawn on the fly, nothing to download)
+        # Folder or gs:// address that the paths below are relative to; of tfds its data_dir.
+        # 'list:FOLDER' and 'dirs:FOLDER' in `source` are short for it.
+        root='',
+        # What each split reads. list: a list file; dirs: 'IMAGES_DIR,LABELS_DIR'; tfds: a split
+        # ('train[:90%]'); scenes: 'FIRST:LAST', a range of scene numbers.
         train='',
         val='',
         test='',
@@ -272,6 +274,15 @@ def set_depth(config: ConfigDict, depth: int) -> None:
         config.model.stem = 'deep_small'
         config.model.head_width = 128
         config.model.aux_width = 64
+
+
+def read_tfds(config: ConfigDict, name: str, train: str = 'train', val: str = 'val') -> None:
+    """Has both splits read from what `python -m psp_jax.datasets NAME` prepares, in its folder."""
+    config.data.source = f'tfds:{name}'
+    config.data.root = ''
+    config.data.train = train
+    config.data.val = val
+    config.data.label_map = ''  # classes already
 
 
 def imagenet_weights(depth: int) -> str:

@@ -288,9 +288,9 @@ def prediction_writer(
     ADE20K: 1..150; Cityscapes: label ids; others: class ids with a palette, as PASCAL VOC's. NAME
     is the image's, below the folder that all have in common. Raises UserError for two of a name.
     """
-    paths = [image.partition('://')[2] or image for image, _ in source.files]
-    paths = [os.path.abspath(path) for path in paths]
-    common = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ''
+    images = [image for image, _ in source.files] or map(source.name, range(source.length))
+    paths = [os.path.abspath(image.partition('://')[2] or image) for image in images]
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
     names = [os.path.splitext(os.path.relpath(path, common))[0] for path in paths]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -299,8 +299,7 @@ def prediction_writer(
     plain = config.data.classes in ('ade20k', 'cityscapes')
 
     def write(number: int, prediction: np.ndarray) -> None:
-        name = names[number] if names else source.name(number)
-        path = f'{folder}/predictions/{config.eval.split}/{name}.png'
+        path = f'{folder}/predictions/{config.eval.split}/{names[number]}.png'
         tf.io.gfile.makedirs(os.path.dirname(path))
         stored = stored_ids(prediction, config.data.classes)
         with tf.io.gfile.GFile(path, 'wb') as file:

@@ -22,6 +22,13 @@ def check_values(flat: Mapping[str, Any]) -> None:
         for key in keys.split():
             if not legal(flat[key]):
                 raise UserError(f'{key}={as_text(flat[key])}: must be {meaning}')
+    kind, _, name = flat['data.source'].partition(':')  # after the colon is a folder or a name
+    choose('data.source', kind, dict.fromkeys(('list', 'dirs', 'tfds', 'scenes')))
+    if kind == 'tfds' and not name or kind == 'scenes' and name:
+        raise UserError(
+            f'data.source={flat["data.source"]}: must be list, dirs, scenes or tfds:NAME, such as '
+            'tfds:ade20k'
+        )
     if not flat['data.classes']:
         raise UserError(
             "data.classes='': must be set, to the name of a label space (cityscapes), "
@@ -46,7 +53,6 @@ def check_values(flat: Mapping[str, Any]) -> None:
 
 _CHOICES: dict[str, tuple[str | int, ...]] = {
     'dtype': ('float32', 'bfloat16', 'float64'),
-    'data.source': ('list', 'dirs', 'scenes'),
     'model.depth': (18, 34, 50, 101, 152, 269),
     'model.stem': ('deep', 'deep_small', 'conv7'),
     'model.dilation': ('full', 'contract', 'contract_first'),

@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from psp_jax import checkpoint, inference, protocols, report
 from psp_jax.config import flatten, resolve
+from psp_jax.data.decode import read_image
 from psp_jax.data.labels import LabelSpace, label_space, palette
 from psp_jax.data.pipeline import read_ahead
-from psp_jax.data.sources import PICTURES, read_image
+from psp_jax.data.sources import PICTURES
 from psp_jax.errors import UserError
 from psp_jax.inference import Example, Programs
 from psp_jax.mesh import local_mesh

@@ -20,7 +20,13 @@ from psp_jax.losses import segmentation_loss
 from psp_jax.mesh import make_mesh, on_devices, put_batch, replicated, split_batch
 from psp_jax.model import pspnet
 from psp_jax.model.resample import resize_matrix
-from psp_jax.state import TrainState, create_state, enable_float64, init_variables
+from psp_jax.state import (
+    TrainState,
+    create_state,
+    enable_float64,
+    init_variables,
+    jit_for_one_call,
+)
 
 
 def train_step(
@@ -120,7 +126,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     params = jax.eval_shape(lambda: init_variables(model, config.seed))['params']
     tx = optimizer.make_optimizer(params, config.optimizer)
     report.say(optimizer.table(params, config.optimizer))
-    make_state = jax.jit(
+    make_state = jit_for_one_call(
         lambda: create_state(model, tx, config.seed), out_shardings=replicated(mesh)
     )
     evaluator = evaluate.make_evaluator(config, model, eval_source)

@@ -83,7 +83,9 @@ def small_config(photographs: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope='session')
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Has JAX keep compiled programs in one folder; subprocesses do so by these variables."""
-    folder = os.environ.get('JAX_COMPILATION_CACHE_DIR') or str(tmp_path_factory.mktemp('programs'))
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base  # by all workers
+    folder = os.environ.get('JAX_COMPILATION_CACHE_DIR') or str(shared / 'programs')
     jax.config.update('jax_compilation_cache_dir', folder)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
     return {

@@ -13,7 +13,7 @@ from psp_jax.checkpoint import named_leaves
 from psp_jax.config import default_config
 from psp_jax.mesh import make_mesh, put_batch, replicated
 from psp_jax.model import pspnet
-from psp_jax.state import create_state, enable_float64, init_variables
+from psp_jax.state import create_state, enable_float64, init_variables, jit_for_one_call
 from psp_jax.train import compile_step
 
 SIZE, BATCH, STEPS = 33, 8, 3
@@ -50,7 +50,7 @@ def main(devices: int, output: str) -> None:
     model = pspnet.build(config)
     params = jax.eval_shape(lambda: init_variables(model, 0))['params']
     tx = optimizer.make_optimizer(params, config.optimizer)
-    state = jax.jit(lambda: create_state(model, tx, 0), out_shardings=replicated(mesh))()
+    state = jit_for_one_call(lambda: create_state(model, tx, 0), out_shardings=replicated(mesh))()
     step_fn = compile_step(mesh, model, tx, config)
     losses = []
     for step in range(STEPS):

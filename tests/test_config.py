@@ -282,7 +282,8 @@ def test_an_override_that_is_wrong_says_how(override, message):
     [
         ('model.depth=51', 'model.depth=51: must be one of 18, 34, 50, 101, 152, 269'),
         ('dtype=float16', 'dtype=float16: must be one of float32, bfloat16'),
-        ('data.source=tfds', 'must be one of list, dirs, scenes'),
+        ('data.source=lists', 'must be one of list, dirs, tfds, scenes'),
+        ('data.source=tfds', 'must be list, dirs, scenes or tfds:NAME'),
         ('eval.split=vall', 'must be one of train, val, test'),
         ('batch_size=0', 'batch_size=0: must be positive'),
         ('checkpoint_every=-5', 'checkpoint_every=-5: must be positive'),

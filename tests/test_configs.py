@@ -28,9 +28,14 @@ VARIANTS = {
     'ade20k-baseline': 'bins=(),aux=0,augment=false',
     'ade20k-depth101-semseg': 'depth=101,recipe=semseg',
     'ade20k-max-unreduced': 'pool=max,reduce=false',
+    'ade20k-tfds': 'source=tfds',
+    'cityscapes-coarse': 'recipe=coarse',
+    'cityscapes-coarse-tfds': 'recipe=coarse,source=tfds',
     'cityscapes-depth18-semseg': 'depth=18,recipe=semseg',
     'scenes-fcn': 'bins=(),seed=1',
+    'voc2012-coco': 'pretrain=coco',
     'voc2012-depth101-semseg': 'depth=101,recipe=semseg',
+    'voc2012-tfds': 'source=tfds',
 }
 
 

@@ -16,7 +16,7 @@ from psp_jax.config import default_config
 from psp_jax.data.sources import Source
 from psp_jax.inference import Example, make_batches
 from psp_jax.model import pspnet
-from psp_jax.state import enable_float64, init_variables
+from psp_jax.state import enable_float64, init_variables, jit_for_one_call
 
 ROOT = Path(__file__).parent.parent
 SIZES = [(40, 57), (33, 33), (64, 48)]
@@ -53,7 +53,7 @@ SOURCE = Source(length=11, name=lambda index: f'example {index}', read=read)
 def variables_and_model(config):
     enable_float64(config)
     model = pspnet.build(config)
-    variables = dict(jax.jit(lambda: init_variables(model, 0))())
+    variables = dict(jit_for_one_call(lambda: init_variables(model, 0))())
     # The running statistics of some data, so that activations are of a natural size.
     images = np.stack([cv2.resize(read(i)[0], (49, 49)) for i in range(4)])
     updated = batch_stats_after(config, variables, images)
@@ -64,7 +64,7 @@ def variables_and_model(config):
 def batch_stats_after(config, variables, images):
     """The running statistics after one update by a batch of uint8 images."""
     model = pspnet.build(config)
-    _, updates = jax.jit(
+    _, updates = jit_for_one_call(
         lambda v, x: model.apply(
             v,
             pspnet.normalise(x, config),

@@ -11,7 +11,7 @@ from parity import cases, our_side
 from psp_jax import checkpoint, import_weights
 from psp_jax.model import pspnet
 from psp_jax.model.resnet import ResNet
-from psp_jax.state import init_variables
+from psp_jax.state import init_variables, jit_for_one_call
 
 torch = pytest.importorskip('torch', reason='PyTorch is not installed; make test-torch installs it')
 pytestmark = pytest.mark.torch
@@ -48,7 +48,7 @@ def fill(model):
 def loaded(source, network):
     """Our variables with the weights of a file."""
     config = our_side.config_of(network, 'float32')
-    variables = jax.jit(lambda: init_variables(pspnet.build(config), 0))()
+    variables = jit_for_one_call(lambda: init_variables(pspnet.build(config), 0))()
     weights = import_weights.load(str(source), config, checkpoint.named_leaves(variables))
     return config, import_weights.replace(variables, weights.arrays)
 

@@ -17,7 +17,7 @@ from psp_jax.data.sources import Source
 from psp_jax.evaluate import make_evaluator
 from psp_jax.model import pspnet
 from psp_jax.predict import Predictor
-from psp_jax.state import init_variables
+from psp_jax.state import init_variables, jit_for_one_call
 
 CLASSES = 5
 MULTI = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -43,7 +43,7 @@ def config_of(protocol, **keys):
 def variables():
     """Made-up weights by which every class is predicted somewhere."""
     config = config_of('whole')
-    made = jax.jit(lambda: init_variables(pspnet.build(config), 3))()
+    made = jit_for_one_call(lambda: init_variables(pspnet.build(config), 3))()
     images = np.stack([picture((33, 33), seed) for seed in range(8)])
     updated = batch_stats_after(config, made, images)
     # One update goes a tenth of the way to the images' own statistics.

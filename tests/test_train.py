@@ -15,7 +15,7 @@ from psp_jax import optimizer, train
 from psp_jax.config import default_config
 from psp_jax.mesh import make_mesh
 from psp_jax.model import pspnet
-from psp_jax.state import create_state, init_variables
+from psp_jax.state import create_state, init_variables, jit_for_one_call
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,7 +76,7 @@ def compiled():
     params = jax.eval_shape(lambda: init_variables(model, 0))['params']
     tx = optimizer.make_optimizer(params, config.optimizer)
     step = jax.jit(lambda s, b: train.train_step(s, b, model=model, tx=tx, config=config))
-    return jax.jit(lambda: create_state(model, tx, 0))(), step
+    return jit_for_one_call(lambda: create_state(model, tx, 0))(), step
 
 
 def a_batch(labels):

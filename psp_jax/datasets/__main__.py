@@ -1,0 +1,80 @@
+"""Prepares a data set for data.source=tfds:NAME: `python -m psp_jax.datasets NAME`.
+
+It does what `tfds build` does, which cannot start without apache-beam and mlcroissant, and writes
+array_record, which alone can be read by index.
+"""
+
+import argparse
+import importlib
+import inspect
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from psp_jax.command_line import Parser, disk_is_full, exit_code, quieten_libraries
+from psp_jax.datasets import BUILDERS
+from psp_jax.errors import UserError
+
+
+def make_builder(name: str, data_dir: str | None) -> Any:
+    """Our builder of that name, or else TFDS's; raises UserError where neither has one."""
+    import tensorflow_datasets as tfds
+
+    if name in BUILDERS:
+        module = importlib.import_module(f'psp_jax.datasets.{name}')
+        return getattr(module, BUILDERS[name])(data_dir=data_dir)
+    try:
+        return tfds.builder(name, data_dir=data_dir, try_gcs=False, file_format='array_record')
+    except tfds.core.DatasetNotFoundError:
+        raise UserError(
+            f'{name!r} is no data set of ours ({", ".join(BUILDERS)}) nor of TFDS'
+        ) from None
+
+
+def run(argv: Sequence[str]) -> None:
+    """Does what the flags say; raises UserError for what is the user's to mend."""
+    parser = Parser(
+        prog='python -m psp_jax.datasets',
+        description='Prepares a data set, downloading what it can: for data.source=tfds:NAME.',
+        epilog='python -m psp_jax.datasets NAME --describe tells what a data set needs and holds.',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        'name', help=f'{", ".join(BUILDERS)}, or a data set of TFDS such as oxford_iiit_pet'
+    )
+    for flag, meaning in {
+        '--data_dir': 'where the data set goes, gs:// too (default: ~/tensorflow_datasets)',
+        '--manual_dir': 'where archives lie already (default: DOWNLOAD_DIR/manual)',
+        '--download_dir': 'where other archives go (default: DATA_DIR/downloads)',
+    }.items():
+        parser.add_argument(flag, metavar='DIR', help=meaning)
+    parser.add_argument('--describe', action='store_true', help='prepare nothing')
+    flags = parser.parse_args(argv)
+    quieten_libraries()
+    import tensorflow_datasets as tfds
+    from absl import logging
+
+    logging.set_verbosity(logging.WARNING)  # counts that differ, labels without a class
+    builder = make_builder(flags.name, flags.data_dir)
+    if flags.describe:
+        print(inspect.getdoc(type(builder)))
+        print(f'\n--manual_dir: {builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "not needed"}')
+        return
+    config = tfds.download.DownloadConfig(manual_dir=flags.manual_dir)
+    try:
+        builder.download_and_prepare(download_dir=flags.download_dir, download_config=config)
+    except OSError as error:  # those of the network are of this kind
+        if disk_is_full(error):
+            raise
+        raise UserError(
+            f'{flags.name}: {" ".join(str(error).split())}; an archive that cannot be downloaded '
+            'here may be put into --manual_dir'
+        ) from error
+    for name, split in builder.info.splits.items():
+        print(f'{name}: {split.num_examples} images')
+    print(builder.data_path)
+
+
+if __name__ == '__main__':
+    sys.exit(exit_code(run))
