@@ -5,6 +5,7 @@ Command:  python -m psp_jax.main --config configs/camvid.py
 Arguments:
   depth=18          18 | 34 | 50 | 101 | 152 | 269
   seed=0
+  source=list       list: the files below; tfds: what psp_jax.datasets prepares
 
 Expect:   about 0.40 mIoU and 0.85 pixel accuracy on the 101 validation images after 800 steps of
           batch 8, without pretrained weights.
@@ -18,11 +19,12 @@ The validation frames are near-consecutive and of one clip: differences of a poi
 
 from ml_collections import ConfigDict
 
-from psp_jax.config import default_config, parse_arg, set_depth
+from psp_jax.config import default_config, parse_arg, read_tfds, set_depth
+from psp_jax.legal import choose
 
 
 def get_config(arg: str = '') -> ConfigDict:
-    args = parse_arg(arg, depth=18, seed=0)
+    args = parse_arg(arg, depth=18, seed=0, source='list')
     config = default_config()
     config.seed = args.seed
     config.batch_size = 8
@@ -38,6 +40,8 @@ def get_config(arg: str = '') -> ConfigDict:
     config.data.classes = 'camvid'
     config.data.label_map = '{11: 255}'  # void
     config.data.crop = 193
+    if choose('source', args.source, {'list': False, 'tfds': True}):
+        read_tfds(config, 'camvid')
     config.data.scale = (0.5, 2.0)
     config.data.rotate = 10.0
     config.data.blur = 0.5

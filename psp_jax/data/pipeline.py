@@ -57,7 +57,7 @@ def train_batches(
     start_step: int,
     process_index: int,
     process_count: int,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray], None, None]:
     """Returns this process's part of the training batches from `start_step` on, without end.
 
     Of each global batch of config.batch_size (B) examples, process h of P gets the rows
