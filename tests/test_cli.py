@@ -410,6 +410,7 @@ def values_of(checkpoint):
     return leaves(tree)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:Sharding info not provided')  # arrays go to this device
 def test_a_loss_that_is_not_finite_names_step_and_examples_and_is_not_saved(
     small_config, photographs, tmp_path, capsys

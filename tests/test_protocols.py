@@ -206,7 +206,7 @@ def assert_equal(found, expected):
 SIZES = [(45, 60), (61, 40), (20, 27), (33, 33), (9, 100), (130, 16), (16, 16), (150, 201)]
 
 
-@pytest.mark.parametrize('protocol', ['semseg', 'caffe'])
+@pytest.mark.parametrize('protocol', ['semseg', pytest.param('caffe', marks=pytest.mark.slow)])
 def test_sliding_protocols_equal_a_loop_over_windows(protocol, variables):
     config = config_of(protocol)
     predictor, loop = Predictor(config, variables), Loop(config, variables)
@@ -223,7 +223,7 @@ def test_sliding_protocols_equal_a_loop_over_windows(protocol, variables):
     ('align_corners', 'flip'),
     [(False, 'auto'), pytest.param(True, 'true', marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize('protocol', ['mmseg', 'mmseg_slide'])
+@pytest.mark.parametrize('protocol', ['mmseg_slide', pytest.param('mmseg', marks=pytest.mark.slow)])
 def test_mmsegmentations_protocols_equal_a_loop(protocol, align_corners, flip, variables):
     keys = {'model.align_corners': align_corners, 'eval.flip': flip, 'eval.multiple': 64}
     config = config_of(protocol, **keys, **{'eval.base_size': 40, 'eval.scales': (0.5, 1.25)})

@@ -1,0 +1,186 @@
+"""What annotation tools write, as class ids: functions of parsed JSON and of decoded masks alone.
+
+They raise ValueError where something is wrong in a file, and what Python raises (KeyError,
+TypeError, AttributeError, OSError) where it has another form. The caller knows the file's name.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from psp_jax.data.labels import IGNORE
+
+Size = tuple[int, int]  # height, width
+Points = list[tuple[float, float]]  # x, y
+
+IGNORED = '__ignore__'  # labelme's label of pixels that do not count, ours of those without one
+BACKGROUND = ('_background_', 'background', 'unlabeled')  # the labels of pixels without a shape
+
+
+class Shape(NamedTuple):
+    """A labelled region. kind: of FEWEST; mask: of mode '1', its upper left at points[0]."""
+
+    label: str
+    kind: str
+    points: Points
+    mask: Image.Image | None = None
+
+
+# The kinds of shapes that have an area, and of how many points they are at least.
+FEWEST = {
+    'polygon': 3,
+    'rectangle': 2,  # opposite corners, or all four
+    'oriented_rectangle': 4,
+    'circle': 2,  # the centre, and a point of the rim
+    'mask': 2,  # opposite corners
+}
+
+
+def draw(shapes: Iterable[Shape], ids: Mapping[str, int], size: Size) -> np.ndarray:
+    """Class ids uint8 [H, W] of shapes, later over earlier, on the background's id.
+
+    ids: label -> value, 255 for a label that is not there, as is the background if none is. The
+    pixels are Pillow's, which labelme and Cityscapes draw with: corners are cut to whole pixels
+    towards 0, and the outline is part of a shape, so that a rectangle from (1, 1) to (3, 2) covers
+    3 x 2 pixels.
+    """
+    background = next((ids[label] for label in BACKGROUND if label in ids), IGNORE)
+    picture = Image.new('L', (size[1], size[0]), background)
+    pen = ImageDraw.Draw(picture)
+    for label, kind, points, mask in shapes:
+        value = ids.get(label, IGNORE)
+        if kind == 'rectangle':
+            xs, ys = zip(*points, strict=True)
+            pen.rectangle((min(xs), min(ys), max(xs), max(ys)), value)
+        elif kind == 'circle':
+            (x, y), rim = points[:2]
+            radius = math.dist((x, y), rim)
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), value)
+        elif mask:
+            pen.bitmap((int(points[0][0]), int(points[0][1])), mask, value)
+        else:
+            pen.polygon(points, value)
+    return np.asarray(picture)
+
+
+def labelme(document: Any) -> tuple[str, Size, list[Shape]]:
+    """The image's path, relative to the JSON file, its size, and the shapes."""
+    shapes = []
+    for number, item in enumerate(document['shapes'], 1):
+        label, kind = item['label'].strip(), item.get('shape_type') or 'polygon'
+        what, mask = f'shape {number} ({label})', None
+        if kind not in FEWEST:
+            raise ValueError(
+                f'{what} is a {kind}, which has no area: delete it, or redraw it as '
+                f'{", ".join(FEWEST)}'
+            )
+        points = _points(item['points'], FEWEST[kind], what)
+        if kind == 'mask':
+            with Image.open(io.BytesIO(base64.b64decode(item['mask']))) as stored:
+                mask = Image.fromarray(np.asarray(stored.convert('L')) > 0)
+        shapes.append(Shape(label, kind, points, mask))
+    size = int(document['imageHeight']), int(document['imageWidth'])
+    return document['imagePath'].replace('\\', '/'), size, shapes  # \: labelme on Windows
+
+
+def cityscapes(document: Any, classes: Collection[str]) -> tuple[Size, list[Shape]]:
+    """The image's size and the polygons to draw, as cityscapesscripts does it.
+
+    Deleted objects are left out, and license plates, whose pixels keep what lies under them. A
+    group (cargroup) is as one of it, but for polegroup, which is a label of its own. All this
+    holds for labels that are not among `classes`.
+    """
+    shapes = []
+    for number, item in enumerate(document['objects'], 1):
+        label = item['label'].strip()
+        if label not in {*classes, 'polegroup'}:
+            label = label.removesuffix('group')
+        if item.get('deleted') or (label == 'license plate' and label not in classes):
+            continue
+        points = _points(item['polygon'], 2, f'object {number} ({label})')  # 2: a line
+        shapes.append(Shape(label, 'polygon', points))
+    return (int(document['imgHeight']), int(document['imgWidth'])), shapes
+
+
+def _points(points: Any, fewest: int, what: str) -> Points:
+    found = [(float(x), float(y)) for x, y in points]
+    if len(found) < fewest:
+        raise ValueError(f'{what} has {len(found)} of {fewest} points: redraw or delete it')
+    return found
+
+
+def packed(color: np.ndarray | Iterable[int]) -> Any:
+    """R + 256 G + 65536 B of colours, integers [..., 3]: int64 [...]. COCO's number of a colour."""
+    return np.asarray(color) @ np.array([1, 256, 65536])
+
+
+def color_ids(
+    rgb: np.ndarray, labels: Mapping[int, str], ids: Mapping[str, int]
+) -> tuple[np.ndarray, frozenset[str]]:
+    """Class ids uint8 [H, W] of a picture whose colours stand for labels.
+
+    rgb: uint8 [H, W, 3]. labels: packed colour -> label. ids: label -> value, 255 for a label that
+    is not there; such labels of the picture are the second result. Raises ValueError for a colour
+    that is not in `labels`.
+    """
+    numbers, keys = packed(rgb), sorted(labels)
+    places = np.searchsorted(keys, numbers).clip(max=len(keys) - 1)
+    unknown = np.array(keys)[places] != numbers
+    if unknown.any():
+        color = tuple(rgb[unknown][0].tolist())
+        raise ValueError(
+            f'colour {color}, as a number {packed(color)}, is of no label: add it to labelmap.txt '
+            'or to the JSON file'
+        )
+    table = np.array([ids.get(labels[key], IGNORE) for key in keys], np.uint8)
+    counts = np.bincount(places.ravel(), minlength=len(keys))
+    found = {labels[key] for key, count in zip(keys, counts, strict=True) if count}
+    return table[places], frozenset(found - ids.keys())
+
+
+VOID = int(packed((224, 224, 192)))  # PASCAL VOC's colour of pixels that do not count
+
+
+def labelmap(text: str) -> dict[int, str]:
+    """Packed colour -> label of CVAT's lines 'label:r,g,b:parts:actions', without VOID.
+
+    A line that begins with # is a comment. Some colours may have the same label.
+    """
+    labels: dict[int, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith('#'):
+            continue
+        label, _, rest = line.partition(':')
+        values = [value.strip() for value in rest.split(':')[0].split(',')]
+        if len(values) != 3 or not all(v.isdecimal() and int(v) < 256 for v in values):
+            raise ValueError(f'line {number}: {line.strip()!r} is not label:red,green,blue::')
+        color = int(packed([int(value) for value in values]))
+        if color in labels:
+            raise ValueError(f'line {number}: {label.strip()} has the colour of {labels[color]}')
+        labels[color] = label.strip()
+    labels.pop(VOID, None)
+    return labels
+
+
+def image_set(text: str) -> list[str]:
+    """Names of the examples in a list of PASCAL VOC, one a line; CVAT puts some in quotes."""
+    return [line.strip().strip('"') for line in text.splitlines() if line.strip()]
+
+
+def panoptic(document: Any) -> tuple[list[str], dict[str, tuple[str, dict[int, str]]]]:
+    """What label maps need of a COCO panoptic JSON: the categories, and by the PNGs' names more.
+
+    That is the image's name and packed colour -> category of its segments; black is IGNORED.
+    """
+    names = {item['id']: item['name'].strip() for item in document['categories']}
+    images = {item['id']: item['file_name'] for item in document['images']}
+    files = {}
+    for item in document['annotations']:
+        segments = {int(s['id']): names[s['category_id']] for s in item['segments_info']}
+        files[item['file_name']] = images[item['image_id']], {0: IGNORED} | segments
+    return list(names.values()), files

@@ -1,0 +1,258 @@
+"""Reads the whole data set of a configuration and says what is in it and what is wrong.
+
+python -m psp_jax.data.check --config configs/X.py [--show DIR] [--fix-list DIR]
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import shlex
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from psp_jax.command_line import Parser, exit_code, quieten_libraries, split_overrides
+from psp_jax.data.faults import (
+    NONE,
+    NOTES,
+    Finding,
+    Split,
+    class_ids,
+    judge_classes,
+    judge_copies,
+    judge_labels,
+    open_split,
+    read_split,
+    totals,
+)
+from psp_jax.data.labels import IGNORE, label_space, palette
+from psp_jax.data.sources import Source
+from psp_jax.errors import UserError
+
+SHOWN = 16  # pictures of --show
+LISTED = 20  # faults of a kind that are printed
+
+
+# ---- Printing
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(
+        text, 98, subsequent_indent='      ', break_long_words=False, break_on_hyphens=False
+    )
+
+
+def size_lines(splits: Sequence[Split]) -> list[str]:
+    """Number of examples and sizes of images in each split."""
+    lines = [f'{"examples":>18}  size of images (width x height)']
+    for name, source, facts in splits:
+        sizes = sorted((h * w, w, h) for h, w in (f.size for f in facts if f.size))
+        named = [f'{width}x{height}' for _, width, height in sizes] or ['-']
+        said, different = named[0], len(set(sizes))
+        if different > 1:
+            said += f' to {named[-1]}, median {named[len(named) // 2]}, {different} different'
+        lines.append(f'{name:<8}{source.length:>10}  {said}')
+    return lines
+
+
+def class_lines(splits: Sequence[Split], data: ConfigDict) -> list[str]:
+    """Share of pixels and number of labels of each class, of ignored and of wrong values."""
+    splits = [split for split in splits if any(facts.pixels for facts in split.facts)]
+    ids = class_ids(data)
+    stored = [totals(split, range(257)) for split in splits]
+    mapped = [totals(split, ids) for split in splits]
+    rows = [(f'{i:>3} {name}', mapped, i) for i, name in enumerate(label_space(data.classes).names)]
+    rows.append(('    ignored', mapped, IGNORE))
+    for value in range(256):
+        if ids[value] == IGNORE and any(labels[value] for _, labels in stored):
+            rows.append((f'      stored as {value}', stored, value))
+    if any(labels[NONE] for _, labels in mapped):
+        rows.append(('    no class', mapped, NONE))
+    width = min(max(len(title) for title, _, _ in rows) + 2, 40)
+    lines = [' ' * width + ''.join(f'{split.name:>20}' for split in splits)]
+    lines.append(f'{"    class":<{width}}' + f'{"pixels":>11}{"images":>9}' * len(splits))
+    for title, columns, key in rows:
+        line = f'{title[: width - 1]:<{width}}'
+        for pixels, labels in columns:
+            share = 100 * pixels[key] / pixels.total()
+            said = f'{share:.2f} %' if share >= 0.01 else '<0.01 %' if share else '-'
+            line += f'{said:>11}{labels[key] or "-":>9}'
+        lines.append(line)
+    return ['', *lines] if splits else []
+
+
+def finding_lines(findings: Sequence[Finding]) -> list[str]:
+    """Under their headings, at most LISTED of each; notes first."""
+    groups: dict[str, list[Finding]] = {}
+    for finding in sorted(findings, key=lambda finding: finding.heading not in NOTES):
+        groups.setdefault(finding.heading, []).append(finding)
+    lines = []
+    for heading, group in groups.items():
+        kind = 'Note' if heading in NOTES else 'Fault'
+        lines += ['', _wrapped(f'{kind} ({len(group)}): {heading}')]
+        lines += [f'  {one.split:<6} {one.text}' for one in group[:LISTED]]
+        lines += [f'         (and {len(group) - LISTED} more)'] if group[LISTED:] else []
+    return lines
+
+
+# ---- What is written
+
+
+def show(source: Source, bad: set[int], config: ConfigDict, folder: str) -> int:
+    """Writes the first SHOWN training examples of the run but for bad ones; returns how many.
+
+    A picture has the augmented image, its label in colours, and their legend.
+    """
+    from psp_jax.data.pipeline import example_index, train_batches
+    from psp_jax.report import legend, write_png
+
+    blank = np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8)
+    good = source._replace(read=lambda i: blank if i in bad else source.read(i))
+    single = config.copy_and_resolve_references()
+    single.batch_size = 1  # example number p of a run is the same for every size
+    space, count = label_space(config.data.classes), 0
+    for batch in train_batches(good, single, start_step=0, process_index=0, process_count=1):
+        index = int(example_index(batch['position'], source.length, config.seed)[0])
+        if batch['position'][0] >= source.length or count == SHOWN:
+            break
+        if index in bad:
+            continue
+        image, label = batch['image'][0], batch['label'][0]
+        gap = np.full_like(image[:, :4], 255)
+        picture = np.concatenate([image, gap, palette(space)[label]], 1)
+        zoom = max(1, round(240 / len(picture)))
+        picture = picture.repeat(zoom, 0).repeat(zoom, 1)
+        below = legend(np.unique(label).tolist(), space, picture.shape[1])
+        name = source.files[index][0] if source.files else source.name(index)
+        stem = os.path.splitext(os.path.basename(name))[0].replace(' ', '_')
+        path = f'{folder}/{batch["position"][0]:03}_{stem}.png'
+        write_png(path, np.concatenate([picture, below]))
+        count += 1
+    return count
+
+
+def fix_list(split: Split, bad: set[int], path: str) -> bool:
+    """Writes a list of the examples that are not bad, if any, with absolute paths."""
+    good = [pair for index, pair in enumerate(split.source.files) if index not in bad]
+    pairs = [[p if '://' in p else os.path.abspath(p) for p in pair if p] for pair in good]
+    if pairs:
+        with open(path, 'w', encoding='utf-8') as file:
+            file.writelines('\t'.join(pair) + '\n' for pair in pairs)
+    return bool(pairs)
+
+
+def check(config: ConfigDict, show_to: str = '', fix_to: str = '') -> None:
+    """Prints what is in the data set and what is wrong; writes pictures and lists to folders.
+
+    Raises UserError where there are faults, once all is done; at once where a folder cannot be
+    written, or a list that is read would be written over.
+    """
+    data, start = config.data, time.monotonic()
+    names = [name for name in ('train', 'val', 'test') if data[name]]
+    if not names:
+        raise UserError('data.train, data.val and data.test are empty: there is nothing to check')
+    root = data.source.partition(':')[2] or data.root
+    lists = {name: os.path.join(fix_to, f'{name}.txt') for name in names}
+    read = {os.path.realpath(os.path.join(root, data[name])) for name in names}
+    for path in lists.values():
+        if fix_to and os.path.realpath(path) in read:
+            raise UserError(
+                f'--fix-list={fix_to}: {path} is a list that is read; name another folder'
+            )
+    for folder in filter(None, (show_to, fix_to)):
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, exist_ok=True)
+        if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+            raise UserError(f'{folder}: is no folder that can be written to')
+
+    # What is stored, whatever the configuration makes of it: that may be wrong.
+    stored = ConfigDict({**data, 'classes': '255', 'label_map': ''})
+    splits, findings = [], []
+    for name in names:
+        source, problems = open_split(stored, name)
+        findings += problems
+        if source:
+            splits.append(read_split(source, name, data.threads))
+            findings += [fault for facts in splits[-1].facts for fault in facts.faults]
+    for split in splits:
+        findings += judge_labels(split, data)
+    findings += [*judge_copies(splits), *judge_classes(splits, data)]
+    lines = [
+        f"data.source={data.source}, data.root='{data.root}', "
+        f"{len(label_space(data.classes).names)} classes, data.label_map='{data.label_map}'",
+        '',
+        *size_lines(splits),
+        *class_lines(splits, data),
+        *finding_lines(findings),
+    ]
+    below_root = re.compile(r'(?<!\S)' + re.escape(os.path.join(root, '')))
+    print(below_root.sub('', '\n'.join(lines)))
+
+    faults = [finding for finding in findings if finding.heading not in NOTES]
+    bad = {split.name: {f.example for f in faults if f.split == split.name} for split in splits}
+    if show_to and 'train' in bad:
+        source, _ = open_split(data, 'train')
+        assert source
+        count = show(source, bad['train'], config, show_to)
+        print(f'\n{show_to}: {count} training examples as the network sees them')
+    remedy = 'see --fix-list in --help'
+    if fix_to:
+        flags = ['--config.data.source=list', '--config.data.root=']
+        written = [s.name for s in splits if fix_list(s, bad[s.name], lists[s.name])]
+        flags += [f'--config.data.{n}={lists[n] if n in written else ""}' for n in names]
+        if written:
+            remedy = 'train on the lists without them'
+            print(f'\nLists without the faults, to be used with\n  {shlex.join(flags)}')
+        else:
+            has_files = any(split.source.files for split in splits)
+            why = 'no example is without faults' if has_files else f'{data.source} has no files'
+            print(f'\n--fix-list: no list is written, as {why}')
+    total = sum(split.source.length for split in splits)
+    print(f'\n{total} examples read in {time.monotonic() - start:.0f} s', flush=True)
+    if faults:
+        files = len({fault.file for fault in faults})
+        raise UserError(f'{len(faults)} faults in {files} files: mend them, or {remedy}')
+    print('no faults')
+
+
+def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and the `--config.key=value` words in their order.
+
+    Raises UserError for an unknown flag or a missing value.
+    """
+    overrides, words = split_overrides(argv)
+    parser = Parser(
+        prog='python -m psp_jax.data.check',
+        allow_abbrev=False,
+        usage='%(prog)s --config configs/NAME.py[:arg=value,...] [--show DIR] [--fix-list DIR] '
+        '[--config.key=value ...]',
+        description='Reads the whole data set and says what is in it and what is wrong.',
+        epilog='exit codes: 0 no faults, 2 faults or an error of yours, 130 interrupted',
+    )
+    config_help = 'a config file and its arguments: configs/custom.py:root=data/mine'
+    show_help = (
+        f'write {SHOWN} training examples to DIR as the network sees them, with their labels'
+    )
+    fix_help = 'write lists of the examples without faults to DIR, and print how to use them'
+    parser.add_argument('--config', metavar='FILE[:ARGS]', required=True, help=config_help)
+    parser.add_argument('--show', metavar='DIR', default='', help=show_help)
+    parser.add_argument('--fix-list', metavar='DIR', default='', help=fix_help)
+    return parser.parse_args(words), overrides
+
+
+def run(argv: Sequence[str]) -> None:
+    """Does what the flags say; raises UserError where the data have faults."""
+    flags, overrides = parse_flags(argv)
+    quieten_libraries()
+    from psp_jax.config import load_config
+
+    check(load_config(flags.config, overrides), flags.show, flags.fix_list)
+
+
+if __name__ == '__main__':
+    sys.exit(exit_code(run))
