@@ -240,6 +240,29 @@ def test_the_scenes_train_too(small_config, tmp_path, capsys):
     assert {'car', 'boat'} <= {c['name'] for c in scores['classes']}
 
 
+def test_folders_train_as_the_list_of_the_same_files(trained, small_config, photographs, tmp_path):
+    for split in ('train', 'val'):
+        for kind, pattern in (('images', f'{split} *.jpg'), ('labels', f'labels/{split}_*.png')):
+            (tmp_path / kind / split).mkdir(parents=True)
+            for path in photographs.glob(pattern):
+                (tmp_path / kind / split / f'{path.stem[-1]}{path.suffix}').symlink_to(path)
+    flags = {
+        'source': f'dirs:{tmp_path}',
+        'train': 'images/train,labels/train',
+        'val': 'images/val,labels/val',
+    }
+    words = [f'--config.data.{key}={value}' for key, value in flags.items()]
+    workdir = tmp_path / 'run'
+    assert main(['--config', str(small_config), '--workdir', str(workdir), *words]) == 0
+    ours, lists = (read_json(path / 'eval/metrics.json') for path in (workdir, trained.workdir))
+    assert without_time(ours) == without_time(lists)
+    ours, lists = (
+        [json.loads(line)['loss'] for line in (path / 'metrics.jsonl').read_text().splitlines()[:5]]
+        for path in (workdir, trained.workdir)
+    )
+    assert ours == lists
+
+
 # ---- bad input
 
 
