@@ -517,10 +517,14 @@ def test_the_command_line_builds_and_names_mistakes(tmp_path, capsys):
         return exit_code(__main__.run, words)
 
     assert run() == 2
-    message = capsys.readouterr().err.strip()
-    assert message.startswith('psp_jax: error: Manual directory') and '\n' not in message
-    assert 'gtFine_trainvaltest.zip' in message and 'cityscapes-dataset.com' in message
+    assert capsys.readouterr().err == (
+        f'psp_jax: error: --manual_dir={tmp_path}/archives: is no folder\n'
+    )
     (tmp_path / 'archives').mkdir()
+    assert run() == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith('psp_jax: error: ') and '\n' not in message
+    assert 'gtFine_trainvaltest.zip' in message and 'cityscapes-dataset.com' in message
     make_cityscapes(tmp_path / 'archives')
     assert run() == 0
     assert 'train: 3 images\n' in capsys.readouterr().out

@@ -99,7 +99,8 @@ def test_parts_of_a_split_are_splits(pets):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'train': 'training'}, "there is no split 'training', only train, test"),
+        ({'train': 'training'}, "there is no split 'training', or nothing in it, only train, test"),
+        ({'train': 'train[3:1]'}, 'or nothing in it'),
         ({'source': 'tfds:mnist'}, 'is not prepared in .*run `python -m psp_jax.datasets mnist'),
         ({'source': 'tfds:cityscapes'}, 'run `python -m psp_jax.datasets cityscapes --data_dir'),
         ({'source': 'tfds:no_such_data'}, 'tfds:no_such_data: is not prepared'),

@@ -146,6 +146,18 @@ def fix_list(split: Split, bad: set[int], path: str) -> bool:
     return bool(pairs)
 
 
+def _is_within(path: str, folders: Sequence[str]) -> bool:
+    real = os.path.realpath(path)
+    return any(os.path.commonpath([real, folder]) == folder for folder in folders)
+
+
+def read_folders(data: ConfigDict, root: str) -> list[str]:
+    """The local folders that data.source=dirs reads, as absolute paths."""
+    specs = [part.strip() for name in ('train', 'val', 'test') for part in data[name].split(',')]
+    paths = [os.path.join(root, spec) for spec in specs if spec]
+    return [os.path.realpath(path) for path in paths if '://' not in path]
+
+
 def check(config: ConfigDict, show_to: str = '', fix_to: str = '') -> None:
     """Prints what is in the data set and what is wrong; writes pictures and lists to folders.
 
@@ -164,11 +176,21 @@ def check(config: ConfigDict, show_to: str = '', fix_to: str = '') -> None:
             raise UserError(
                 f'--fix-list={fix_to}: {path} is a list that is read; name another folder'
             )
-    for folder in filter(None, (show_to, fix_to)):
+        if fix_to and os.path.exists(path):
+            raise UserError(
+                f'--fix-list={fix_to}: {path} is there already; remove it, or name another folder'
+            )
+    for flag, folder in (('--show', show_to), ('--fix-list', fix_to)):
+        if '://' in folder:
+            raise UserError(f'{flag}={folder}: must be a local folder')
+        if not folder:
+            continue
         with contextlib.suppress(OSError):
             os.makedirs(folder, exist_ok=True)
         if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-            raise UserError(f'{folder}: is no folder that can be written to')
+            raise UserError(f'{flag}={folder}: is no folder that can be written to')
+        if data.source.startswith('dirs') and _is_within(folder, read_folders(data, root)):
+            raise UserError(f'{flag}={folder}: lies in a folder that is read; name another')
 
     # What is stored, whatever the configuration makes of it: that may be wrong.
     stored = ConfigDict({**data, 'classes': '255', 'label_map': ''})
@@ -195,7 +217,9 @@ def check(config: ConfigDict, show_to: str = '', fix_to: str = '') -> None:
 
     faults = [finding for finding in findings if finding.heading not in NOTES]
     bad = {split.name: {f.example for f in faults if f.split == split.name} for split in splits}
-    if show_to and 'train' in bad:
+    if show_to and 'train' not in bad:
+        print(f'\n{show_to}: no pictures, since train could not be read')
+    elif show_to:
         source, _ = open_split(data, 'train')
         assert source
         count = show(source, bad['train'], config, show_to)

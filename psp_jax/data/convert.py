@@ -269,6 +269,8 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
 def run(argv: Sequence[str]) -> None:
     """Does what the flags say; raises UserError for what is the user's to mend."""
     flags = parse_flags(argv)
+    if '://' in flags.output:
+        raise UserError(f'--output={flags.output}: must be a local folder')
     if not os.path.exists(flags.input):
         raise UserError(f'{flags.input} does not exist')
     plan = FORMATS[flags.format](flags.input, flags)
@@ -326,7 +328,8 @@ def convert(plan: Plan, output: str, origin: str) -> None:
         print(f'255 (ignore), since they are no classes: {", ".join(sorted(ignored))}')
     if len(lists) == 1:
         print('This is one list for both training and validation; --val 0.2 divides it')
-    print(f'To train:\n  {_command(plan, output)}')
+    if made:
+        print(f'To train:\n  {_command(plan, output)}')
     bad = [str(result) for result in done.values() if isinstance(result, UserError)]
     if bad:
         raise UserError(f'{len(bad)} of {len(names)} label maps were not made: {"; ".join(bad)}')

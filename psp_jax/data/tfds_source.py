@@ -31,6 +31,7 @@ def open_split(
     decoders = {key: tfds.decode.SkipDecoding() for key in (images, labels)}
     try:
         records = builder.as_data_source(split, decoders=decoders)
+        length = len(records)  # raises ValueError for 'train[3:1]'
     except (NotImplementedError, ImportError) as error:
         found = builder.info.file_format.value if builder.info.file_format else 'no known format'
         raise UserError(
@@ -39,9 +40,15 @@ def open_split(
         ) from error
     except (ValueError, KeyError) as error:
         splits = ', '.join(builder.info.splits)
+        missing = (
+            '; prepare it again with the archives of the coarse labels in --manual_dir, after '
+            f'deleting {builder.data_dir}'
+            if split.startswith('train_extra')
+            else ''
+        )
         raise UserError(
-            f'data.source = tfds:{name}: there is no split {split!r}, only {splits} and parts of '
-            "these, such as 'train[:90%]'"
+            f'data.source = tfds:{name}: there is no split {split!r}, or nothing in it, only '
+            f"{splits} and parts of these, such as 'train[:90%]'{missing}"
         ) from error
 
     def record(index: int) -> Mapping[str, Any]:
@@ -50,8 +57,8 @@ def open_split(
         except Exception as error:  # array_record raises what its C++ finds
             raise UserError(
                 f'example {index} of {name}/{split} in {builder.data_dir} cannot be read '
-                f'({" ".join(str(error).split())}): delete that folder and run '
-                f'`{_command(name, root)}`'
+                f'({" ".join(str(error).split())}): if the files are damaged, delete that folder '
+                f'and run `{_command(name, root)}`'
             ) from error
 
     def named(index: int, found: Mapping[str, Any]) -> str:
@@ -63,36 +70,38 @@ def open_split(
         called = named(index, found)
         return Encoded(found[images], found[labels], called, called)
 
-    return len(records), lambda index: named(index, record(index)), encoded
+    return length, lambda index: named(index, record(index)), encoded
 
 
 def _builder(name: str, root: str) -> Any:
     base, _, version = name.partition(':')
     folder = f'{root or tfds.core.constants.DATA_DIR}/{base}'
+    where = f'data.source = tfds:{name}'
+    if base in BUILDERS:  # by its folder: TFDS's own of the same name must not come in
+        there = tfds.core.utils.version.list_all_versions(folder) if exists(folder) else []
+        versions = [str(found) for found in there]
+        if versions and version and version not in versions:
+            raise UserError(f'{where}: {folder} has only the version(s) {", ".join(versions)}')
+        folder = f'{folder}/{version or versions[-1]}' if versions else ''
     try:
-        if base in BUILDERS and exists(folder):  # TFDS's own of the same name must not come in
-            versions = [version] if version else tfds.core.utils.version.list_all_versions(folder)
-            builder = tfds.builder_from_directory(f'{folder}/{versions[-1]}')
+        if base in BUILDERS:
+            builder = tfds.builder_from_directory(folder) if folder else None
         else:
             builder = tfds.builder(name, data_dir=root or None, try_gcs=False)
-        prepared = base not in BUILDERS or exists(folder)
     except tfds.core.DatasetNotFoundError:
-        prepared = False
-    except Exception as error:  # a name that is none, a folder that is damaged
-        raise UserError(
-            f'data.source = tfds:{name}: {folder} cannot be opened '
-            f'({" ".join(str(error).split())}); delete it and run `{_command(name, root)}`'
-        ) from error
-    if not prepared or not builder.info.splits:
-        raise UserError(
-            f'data.source = tfds:{name}: is not prepared in {folder}; run '
-            f'`{_command(name, root)}` first'
-        )
+        builder = None
+    except Exception as error:  # a name that is none, a folder that is damaged or not ours to read
+        reason = ' '.join(str(error).split())
+        raise UserError(f'{where}: {folder} cannot be opened ({reason})') from error
+    if builder is None or not builder.info.splits:
+        root = root or tfds.core.constants.DATA_DIR
+        raise UserError(f'{where}: is not prepared in {root}; run `{_command(name, root)}` first')
     return builder
 
 
 def _command(name: str, root: str) -> str:
-    return f'python -m psp_jax.datasets {name}' + (f' --data_dir {root}' if root else '')
+    where = f' --data_dir {root}' if root else ''
+    return f'python -m psp_jax.datasets {name.partition(":")[0]}{where}'
 
 
 def _picture_keys(features: Any, name: str) -> tuple[str, str]:

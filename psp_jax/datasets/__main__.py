@@ -7,6 +7,8 @@ array_record, which alone can be read by index.
 import argparse
 import importlib
 import inspect
+import logging as logging_of_requests
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -20,12 +22,13 @@ def make_builder(name: str, data_dir: str | None) -> Any:
     """Our builder of that name, or else TFDS's; raises UserError where neither has one."""
     import tensorflow_datasets as tfds
 
+    name = name.partition(':')[0]
     if name in BUILDERS:
         module = importlib.import_module(f'psp_jax.datasets.{name}')
         return getattr(module, BUILDERS[name])(data_dir=data_dir)
     try:
         return tfds.builder(name, data_dir=data_dir, try_gcs=False, file_format='array_record')
-    except tfds.core.DatasetNotFoundError:
+    except (tfds.core.DatasetNotFoundError, ValueError):
         raise UserError(
             f'{name!r} is no data set of ours ({", ".join(BUILDERS)}) nor of TFDS'
         ) from None
@@ -54,17 +57,33 @@ def run(argv: Sequence[str]) -> None:
     quieten_libraries()
     import tensorflow_datasets as tfds
     from absl import logging
+    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
     logging.set_verbosity(logging.WARNING)  # counts that differ, labels without a class
-    builder = make_builder(flags.name, flags.data_dir)
+    logging_of_requests.getLogger('urllib3').setLevel(logging_of_requests.ERROR)
+    folders = (flags.data_dir, flags.manual_dir, flags.download_dir)
+    data_dir, manual_dir, download_dir = (x and os.path.expanduser(x) for x in folders)
+    if manual_dir and '://' not in manual_dir and not os.path.isdir(manual_dir):
+        raise UserError(f'--manual_dir={manual_dir}: is no folder')
+    builder = make_builder(flags.name, data_dir)
     if flags.describe:
         print(inspect.getdoc(type(builder)))
         print(f'\n--manual_dir: {builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "not needed"}')
         return
-    config = tfds.download.DownloadConfig(manual_dir=flags.manual_dir)
+    if builder.is_prepared():
+        print(f'{builder.data_path} is there already; delete it to prepare it again')
+    config = tfds.download.DownloadConfig(manual_dir=manual_dir)
     try:
-        builder.download_and_prepare(download_dir=flags.download_dir, download_config=config)
-    except OSError as error:  # those of the network are of this kind
+        builder.download_and_prepare(download_dir=download_dir, download_config=config)
+    except AssertionError as error:  # so TFDS says that manual_dir lacks something
+        if 'anual' not in str(error):
+            raise
+        raise UserError(f'{flags.name}: {" ".join(str(error).split())}') from error
+    except (
+        OSError,  # those of the network are of this kind
+        tfds.core.download.DownloadError,
+        NonMatchingChecksumError,
+    ) as error:
         if disk_is_full(error):
             raise
         raise UserError(

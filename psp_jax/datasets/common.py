@@ -127,7 +127,7 @@ def open_zip(path: epath.PathLike) -> Archive:
     try:
         file = zipfile.ZipFile(epath.Path(path).open('rb'))
     except zipfile.BadZipFile as error:
-        raise UserError(f'{path} is not a whole zip file: download it again') from error
+        raise UserError(f'{path} is not a whole zip file: delete it and run this again') from error
     names = [name for name in file.namelist() if not name.endswith('/')]
 
     def read(name: str) -> bytes:
@@ -136,7 +136,7 @@ def open_zip(path: epath.PathLike) -> Archive:
         except KeyError:
             raise UserError(f'{path} holds no {name}') from None
         except zipfile.BadZipFile as error:
-            raise UserError(f'{path} is damaged at {name}: download it again') from error
+            raise UserError(f'{path} is damaged at {name}: delete it and run this again') from error
 
     return Archive(os.fspath(path), names, read)
 

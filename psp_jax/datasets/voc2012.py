@@ -103,7 +103,7 @@ def open_voc(path: epath.PathLike) -> common.Archive:
         tar = tarfile.open(fileobj=epath.Path(path).open('rb'), mode='r:')
         files = {posixpath.normpath(member.name): member for member in tar if member.isfile()}
     except tarfile.TarError as error:
-        raise UserError(f'{path} is not a whole tar file: download it again') from error
+        raise UserError(f'{path} is not a whole tar file: delete it and run this again') from error
 
     def read(name: str) -> bytes:
         file = tar.extractfile(files[name]) if name in files else None
@@ -126,7 +126,7 @@ def open_sbd(path: epath.PathLike) -> common.Archive:
                     if file is not None:
                         files[name] = file.read()
     except (tarfile.TarError, EOFError) as error:
-        raise UserError(f'{path} is not a whole tgz file: download it again') from error
+        raise UserError(f'{path} is not a whole tgz file: delete it and run this again') from error
 
     def read(name: str) -> bytes:
         if name not in files:
