@@ -11,6 +11,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -64,12 +65,32 @@ def make_photographs(root: Path, sizes: list[tuple[int, int]], split: str) -> No
 
 
 @pytest.fixture(scope='session')
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this session of tests, the same for all of its workers."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
+
+
+def made_once(path: Path, make: Callable[[], object]) -> Path:
+    """`path`, which `make` makes for the first worker that asks; the others wait for it."""
+    done = path.parent / f'{path.name} is made'
+    with FileLock(f'{path}.lock'):
+        if not done.exists():
+            make()
+            done.touch()
+    return path
+
+
+@pytest.fixture(scope='session')
+def photographs(shared: Path) -> Path:
     """A folder with train.txt of 5 and val.txt of 3 examples; for reading only."""
-    root = tmp_path_factory.mktemp('my photographs')
+    return made_once(shared / 'my photographs', lambda: write_photographs(shared))
+
+
+def write_photographs(shared: Path) -> None:
+    root = shared / 'my photographs'
     make_photographs(root, [(37, 50), (41, 46), (64, 35), (33, 33), (90, 71)], 'train')
     make_photographs(root, [(65, 129), (39, 52), (65, 129)], 'val')  # 65 x 129: as the scenes
-    return root
 
 
 @pytest.fixture(scope='session')
@@ -81,10 +102,8 @@ def small_config(photographs: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope='session')
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def programs(shared: Path) -> dict[str, str]:
     """Has JAX keep compiled programs in one folder; subprocesses do so by these variables."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base  # by all workers
     folder = os.environ.get('JAX_COMPILATION_CACHE_DIR') or str(shared / 'programs')
     jax.config.update('jax_compilation_cache_dir', folder)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
@@ -112,20 +131,25 @@ def python(programs: dict[str, str]) -> Callable[..., subprocess.CompletedProces
 
 class Run(NamedTuple):
     workdir: Path
-    process: subprocess.CompletedProcess
+    stdout: str
+    stderr: str
 
 
 @pytest.fixture(scope='session')
 def trained(
-    small_config: Path,
-    python: Callable[..., subprocess.CompletedProcess],
-    tmp_path_factory: pytest.TempPathFactory,
+    small_config: Path, python: Callable[..., subprocess.CompletedProcess], shared: Path
 ) -> Run:
     """The run of `small_config` by the command line, from an empty folder; for reading only."""
-    workdir = tmp_path_factory.mktemp('runs') / 'run 1'
-    process = python('-m', 'psp_jax.main', '--config', small_config, '--workdir', workdir)
-    assert process.returncode == 0, process.stderr
-    return Run(workdir, process)
+
+    def make() -> None:
+        words = ('--config', small_config, '--workdir', shared / 'runs/run 1')
+        process = python('-m', 'psp_jax.main', *words)
+        assert process.returncode == 0, process.stderr
+        (shared / 'runs/stdout').write_text(process.stdout)
+        (shared / 'runs/stderr').write_text(process.stderr)
+
+    folder = made_once(shared / 'runs', make)
+    return Run(folder / 'run 1', *((folder / name).read_text() for name in ('stdout', 'stderr')))
 
 
 @pytest.fixture

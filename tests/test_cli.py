@@ -46,7 +46,7 @@ def without_time(scores):
 
 def test_a_run_leaves_checkpoints_metrics_and_pictures(trained):
     workdir = trained.workdir
-    assert 'Traceback' not in trained.process.stderr
+    assert 'Traceback' not in trained.stderr
     assert sorted(path.name for path in (workdir / 'checkpoints').iterdir()) == ['10', '5']
     assert sorted(path.name for path in workdir.iterdir()) == [
         'checkpoints',
@@ -69,7 +69,7 @@ def test_a_run_leaves_checkpoints_metrics_and_pictures(trained):
 
 
 def test_progress_is_one_line_a_step_with_loss_speed_and_time_left(trained):
-    lines = [line for line in trained.process.stdout.splitlines() if '  loss ' in line]
+    lines = [line for line in trained.stdout.splitlines() if '  loss ' in line]
     steps = [line for line in lines if LINE.fullmatch(line)]
     assert [int(LINE.fullmatch(line)[1]) for line in steps] == list(range(1, 11))
     rest = [line for line in lines if line not in steps]  # the headlines of the evaluations

@@ -449,7 +449,7 @@ def test_evaluate_takes_a_checkpoint_and_a_photograph(run, trained, tmp_path):
         'evaluate',
         **{'INSTALL': False, 'CHECKPOINT': str(workdir / 'checkpoints/5'), 'PHOTO': str(photo)},
     )
-    assert 'steps in ' in printed(notebook, 'checkpoint')
+    assert 'has checkpoints of steps [5, 10]; taken: 5' in printed(notebook, 'checkpoint')
     assert_shows_the_evaluation(notebook, workdir, 5, images=3)
     (sure,) = pictures(notebook)['sure']
     network = load(str(workdir / 'checkpoints/5'))

@@ -149,12 +149,13 @@ def _read(source: Source, split: str, index: int) -> Facts:
 def open_split(data: ConfigDict, split: str) -> tuple[Source | None, list[Finding]]:
     """The source of a split, as far as there is one, and the faults of its list or folders."""
     kind, _, rest = data.source.partition(':')
+    root = os.path.expanduser(rest or data.root)
     heading = f'data.{split}: mend it, or what it names'
     try:
         if kind == 'list':
-            files, problems = list_pairs(rest or data.root, data[split], split == 'test')
+            files, problems = list_pairs(root, data[split], split == 'test')
         elif kind == 'dirs':
-            files, problems = dir_pairs(rest or data.root, data[split], f'data.{split}')
+            files, problems = dir_pairs(root, data[split], f'data.{split}')
         else:
             return make_source(data, split), []
     except UserError as error:

@@ -66,17 +66,18 @@ def make_source(data: ConfigDict, split: str) -> Source:
     if not data[split]:
         raise UserError(f'{where} is empty: set it (data.source is {data.source!r})')
     kind, _, rest = data.source.partition(':')
+    root = os.path.expanduser(rest if rest and kind != 'tfds' else data.root)
     if kind == 'scenes':
         return _scenes_source(data, split)
     if kind == 'tfds':
         from psp_jax.data.tfds_source import open_split  # imports TFDS, which takes seconds
 
-        length, name, encoded = open_split(rest, data.root, data[split])
+        length, name, encoded = open_split(rest, root, data[split])
         return stored_source(length, name, encoded, data)
     if kind == 'list':
-        files, problems = list_pairs(rest or data.root, data[split], split == 'test')
+        files, problems = list_pairs(root, data[split], split == 'test')
     elif kind == 'dirs':
-        files, problems = dir_pairs(rest or data.root, data[split], where)
+        files, problems = dir_pairs(root, data[split], where)
     else:
         raise UserError(
             f"data.source = {data.source!r}: use 'list', 'dirs', 'tfds:NAME' or 'scenes'"
