@@ -1,17 +1,24 @@
-"""What the command lines of main.py and import_weights.py share. No heavy import."""
+"""What the command lines share. No heavy import."""
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from psp_jax.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are user errors as all others: one line, without the usage."""
+    """argparse whose complaints are user errors as all others: one line, without the usage.
+
+    No flag may be abbreviated: what is short today might be ambiguous tomorrow.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f'{message} (see --help)')
@@ -42,6 +49,7 @@ def quieten_libraries() -> None:
     logging.set_verbosity(logging.ERROR)
     # Of the many reads of a damaged checkpoint orbax awaits one; asyncio prints the errors of all.
     python_logging.getLogger('asyncio').setLevel(python_logging.CRITICAL)
+    python_logging.getLogger('urllib3').setLevel(python_logging.ERROR)  # each try of a download
     sys.excepthook = _excepthook
 
 
@@ -49,6 +57,25 @@ def _excepthook(kind: type[BaseException], error: BaseException, where: Any) -> 
     """Python's own, but for those reads that end when nobody's event loop is there any more."""
     if not (kind is RuntimeError and str(error) == 'Event loop is closed'):
         sys.__excepthook__(kind, error, where)
+
+
+@contextlib.contextmanager
+def whole_file(output: str) -> Iterator[str]:
+    """Gives a path to write to; what is there becomes `output` at the end of the block.
+
+    If the block fails nothing is left. Raises UserError for a path that cannot be written.
+    """
+    unfinished = f'{output}.unfinished'
+    try:
+        yield unfinished
+        os.replace(unfinished, output)
+    except BaseException as error:
+        if os.path.isfile(unfinished):
+            os.remove(unfinished)
+        # safetensors has an exception of its own, with the system's error in its text
+        if isinstance(error, OSError) or 'I/O' in str(error) or 'os error' in str(error):
+            raise UserError(f'--output={output}: cannot be written ({error})') from error
+        raise
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -251,11 +251,8 @@ def write_html(
         'versions': f'jax {jax.__version__}, numpy {np.__version__}',
     }
 
-    def named(number: int) -> str:
-        return source.files[number][0] if source.files else source.name(number)
-
     shown = [
-        html_report.Shown(title, named(number), result.each[number], *panel)
+        html_report.Shown(title, source.names(number)[0], result.each[number], *panel)
         for title, found in panels.items()
         for number, panel in found.items()
     ]
@@ -288,7 +285,7 @@ def prediction_writer(
     ADE20K: 1..150; Cityscapes: label ids; others: class ids with a palette, as PASCAL VOC's. NAME
     is the image's, below the folder that all have in common. Raises UserError for two of a name.
     """
-    images = [image for image, _ in source.files] or map(source.name, range(source.length))
+    images = [source.names(number)[0] for number in range(source.length)]
     paths = [os.path.abspath(image.partition('://')[2] or image) for image in images]
     common = os.path.commonpath([os.path.dirname(path) for path in paths])
     names = [os.path.splitext(os.path.relpath(path, common))[0] for path in paths]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from psp_jax import checkpoint, report
+from psp_jax.command_line import whole_file
 from psp_jax.errors import UserError
 from psp_jax.import_weights import as_options, semseg_name, to_torch
 from psp_jax.model import pspnet
@@ -58,7 +59,7 @@ def export_weights(workdir: str, which: str, output: str) -> None:
     tensors = {semseg_name(name): to_torch(array) for name, array in arrays.items()}
     options = as_options(json.loads(checkpoint.read_meta(path, step)['config']))
     metadata = {'format': 'pt', 'psp_jax': json.dumps(options)}
-    with report.whole_file(output) as unfinished:
+    with whole_file(output) as unfinished:
         safetensors.numpy.save_file(tensors, unfinished, metadata=metadata)
     report.say(f'{len(tensors)} arrays of {path / str(step)} written to {output}')
 
@@ -79,7 +80,7 @@ def export_program(
     variables = restore_variables(config, path, step)
     model = pspnet.build(config)
     exported = program(model, config, jax.device_get(variables))
-    with report.whole_file(output) as unfinished, open(unfinished, 'wb') as file:
+    with whole_file(output) as unfinished, open(unfinished, 'wb') as file:
         file.write(exported.serialize())
     (images,), (logits,) = exported.in_avals, exported.out_avals
     report.say(

@@ -307,7 +307,6 @@ def run(argv: Sequence[str]) -> None:
     overrides, words = split_overrides(argv)
     parser = Parser(
         prog='python -m psp_jax.import_weights',
-        allow_abbrev=False,
         description='Writes weights of semseg, mmsegmentation, CSAIL, torchvision or timm as a '
         'checkpoint that --mode eval takes, and training by --config.init_from=DIR.',
     )

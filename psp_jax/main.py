@@ -47,7 +47,6 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     overrides, words = split_overrides(argv)
     parser = Parser(
         prog='python -m psp_jax.main',
-        allow_abbrev=False,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage='%(prog)s --config configs/NAME.py[:arg=value,...] [--workdir DIR] [--mode MODE] '

@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from psp_jax import checkpoint, inference, protocols, report
+from psp_jax.command_line import whole_file
 from psp_jax.config import flatten, resolve
 from psp_jax.data.decode import read_image
 from psp_jax.data.labels import LabelSpace, label_space, palette
@@ -257,7 +258,7 @@ def predict_images(
         unfinished = place(path, '.npy') + '.unfinished'
         return np.lib.format.open_memmap(unfinished, 'w+', np.float16, shape)
 
-    with report.whole_file(place(next(iter(names)), '.probe')) as probe:  # before compiling
+    with whole_file(place(next(iter(names)), '.probe')) as probe:  # before compiling
         open(probe, 'w').close()
     os.remove(place(next(iter(names)), '.probe'))
     with tqdm(total=len(names), desc='predicting', unit='image', disable=None) as bar:
@@ -275,10 +276,10 @@ def predict_images(
         for path, image, ids in done:
             if probabilities:
                 os.replace(place(path, '.npy') + '.unfinished', place(path, '.npy'))
-            with report.whole_file(place(path, '.png')) as part, open(part, 'wb') as file:
+            with whole_file(place(path, '.png')) as part, open(part, 'wb') as file:
                 file.write(labels_png(ids, predictor.space))
             overlay = Image.fromarray(draw_overlay(image, ids, predictor.space))
-            with report.whole_file(place(path, '_overlay.jpg')) as part:
+            with whole_file(place(path, '_overlay.jpg')) as part:
                 overlay.save(part, 'JPEG', quality=92)
             bar.update()
     return bad

@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import os
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import cv2
@@ -14,7 +12,6 @@ import numpy as np
 import tensorflow as tf
 
 from psp_jax.data.labels import IGNORE, LabelSpace, palette
-from psp_jax.errors import UserError
 
 _GAP = 4  # pixels between pictures
 
@@ -184,25 +181,6 @@ def write_png(path: str, picture: np.ndarray) -> None:
     encoded = cv2.imencode('.png', np.ascontiguousarray(picture[..., ::-1]))[1]
     with tf.io.gfile.GFile(path, 'wb') as file:
         file.write(encoded.tobytes())
-
-
-@contextlib.contextmanager
-def whole_file(output: str) -> Iterator[str]:
-    """Gives a path to write to; what is there becomes `output` at the end of the block.
-
-    If the block fails nothing is left. Raises UserError for a path that cannot be written.
-    """
-    unfinished = f'{output}.unfinished'
-    try:
-        yield unfinished
-        os.replace(unfinished, output)
-    except BaseException as error:
-        if os.path.isfile(unfinished):
-            os.remove(unfinished)
-        # safetensors has an exception of its own, with the system's error in its text
-        if isinstance(error, OSError) or 'I/O' in str(error) or 'os error' in str(error):
-            raise UserError(f'--output={output}: cannot be written ({error})') from error
-        raise
 
 
 def on_terminal() -> bool:

@@ -66,17 +66,17 @@ def make_photographs(root: Path, sizes: list[tuple[int, int]], split: str) -> No
 
 @pytest.fixture(scope='session')
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of this session of tests, the same for all of its workers."""
+    """A folder of this run of the tests, the same for all of its workers."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
 
 
-def made_once(path: Path, make: Callable[[], object]) -> Path:
-    """`path`, which `make` makes for the first worker that asks; the others wait for it."""
+def made_once(path: Path, make: Callable[[Path], object]) -> Path:
+    """`path`, which make(path) makes for the first worker that asks; the others wait for it."""
     done = path.parent / f'{path.name} is made'
     with FileLock(f'{path}.lock'):
         if not done.exists():
-            make()
+            make(path)
             done.touch()
     return path
 
@@ -84,13 +84,12 @@ def made_once(path: Path, make: Callable[[], object]) -> Path:
 @pytest.fixture(scope='session')
 def photographs(shared: Path) -> Path:
     """A folder with train.txt of 5 and val.txt of 3 examples; for reading only."""
-    return made_once(shared / 'my photographs', lambda: write_photographs(shared))
 
+    def make(root: Path) -> None:
+        make_photographs(root, [(37, 50), (41, 46), (64, 35), (33, 33), (90, 71)], 'train')
+        make_photographs(root, [(65, 129), (39, 52), (65, 129)], 'val')  # 65 x 129: as the scenes
 
-def write_photographs(shared: Path) -> None:
-    root = shared / 'my photographs'
-    make_photographs(root, [(37, 50), (41, 46), (64, 35), (33, 33), (90, 71)], 'train')
-    make_photographs(root, [(65, 129), (39, 52), (65, 129)], 'val')  # 65 x 129: as the scenes
+    return made_once(shared / 'my photographs', make)
 
 
 @pytest.fixture(scope='session')
@@ -141,12 +140,12 @@ def trained(
 ) -> Run:
     """The run of `small_config` by the command line, from an empty folder; for reading only."""
 
-    def make() -> None:
-        words = ('--config', small_config, '--workdir', shared / 'runs/run 1')
+    def make(folder: Path) -> None:
+        words = ('--config', small_config, '--workdir', folder / 'run 1')
         process = python('-m', 'psp_jax.main', *words)
         assert process.returncode == 0, process.stderr
-        (shared / 'runs/stdout').write_text(process.stdout)
-        (shared / 'runs/stderr').write_text(process.stderr)
+        (folder / 'stdout').write_text(process.stdout)
+        (folder / 'stderr').write_text(process.stderr)
 
     folder = made_once(shared / 'runs', make)
     return Run(folder / 'run 1', *((folder / name).read_text() for name in ('stdout', 'stderr')))

@@ -164,7 +164,7 @@ def test_subfolders_train_and_val_make_lists_of_their_own(tmp_path):
     assert 'there are lists already: all, train' in error_of('labelme . --output . --val 0.5')
 
 
-def test_bad_files_are_all_named_and_the_others_are_done(tmp_path):
+def test_bad_files_are_all_named_and_the_others_are_done(tmp_path, capsys):
     for name in ('good', 'lost', 'large', 'torn'):
         save_labelme(f'in/{name}', area('b', 0, 0, 5, 3))
     Path('in/lost.jpg').unlink()
@@ -178,6 +178,8 @@ def test_bad_files_are_all_named_and_the_others_are_done(tmp_path):
     save_labelme('in/bare', {'label': 'a'})
     error = error_of('labelme in --output out --classes a,b')
     assert error.startswith('10 of 11 label maps were not made: ')
+    assert error.endswith(' (and 9 more, listed above)')
+    printed = capsys.readouterr().out
     for message in (
         'lost.jpg does not exist; --images DIR says where images are',
         'large.jpg is 12x8, its annotation for 6x4',
@@ -190,9 +192,22 @@ def test_bad_files_are_all_named_and_the_others_are_done(tmp_path):
         "slip.json: label 'truk' is none of the classes a,b: correct it",
         "bare.json is not as its tool writes it (no 'points')",
     ):
-        assert f'in/{message}' in error
+        assert f'not made: in/{message}' in printed
     assert labels_in('out') == {'good.png': [[1] * 6] * 4}
     assert Path('out/all.txt').read_text() == f'{tmp_path}/in/good.jpg\tlabels/good.png\n'
+
+
+def test_a_list_without_any_label_map_is_not_written(capsys):
+    save_labelme('in/train/bad', area('a, b', 0, 0, 3, 3))
+    save_labelme('in/val/good', area('a', 0, 0, 3, 3))
+    assert "label 'a, b' is none of the classes _background_,a: correct it" in error_of(
+        'labelme in --output out'
+    )
+    assert not Path('out/train.txt').exists()
+    assert Path('out/val.txt').read_text().endswith('good.png\n')
+    printed = capsys.readouterr().out
+    assert 'out/train.txt is not written' in printed
+    assert 'To train' not in printed
 
 
 # ---- voc
@@ -257,12 +272,12 @@ def test_without_a_labelmap_masks_are_of_vocs_21_classes(capsys):
     assert Path('trainval.txt').read_text() == ''.join(lines)
 
 
-def test_an_unknown_colour_is_named_with_its_file():
+def test_an_unknown_colour_is_named_with_its_file(capsys):
     wrong, grey = Image.fromarray((COLORS - 9)[VALUES]), Image.fromarray(VALUES)  # grey: of ids
     save_voc(LABELMAP, good=Image.fromarray(COLORS[VALUES]), rgb=wrong, grey=grey)
     error = error_of('voc . --output .')
     assert error.startswith('2 of 3') and 'is of no label: add it to labelmap.txt' in error
-    assert '/rgb.png: colour (119, 55, 119), ' in error
+    assert '/rgb.png: colour (119, 55, 119), ' in capsys.readouterr().out
     assert '/grey.png: colour (1, 1, 1), ' in error
     assert list(labels_in('.')) == ['good.png']
     error = error_of('voc . --output . --classes car,tree')

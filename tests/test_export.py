@@ -13,7 +13,8 @@ import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 from parity import cases, our_side
 
-from psp_jax import checkpoint, export, report
+from psp_jax import checkpoint, export
+from psp_jax.command_line import whole_file
 from psp_jax.config import resolve, to_json
 from psp_jax.errors import UserError
 from psp_jax.import_weights import semseg_name, to_torch
@@ -229,7 +230,7 @@ def test_exports_that_fail_leave_nothing_behind(workdir, tmp_path, output, overr
 def test_a_file_that_was_cut_off_leaves_the_old_one_as_it_was(tmp_path, raised, seen):
     output = tmp_path / 'x.jaxexport'
     output.write_bytes(b'old')
-    with pytest.raises(seen), report.whole_file(str(output)) as unfinished:
+    with pytest.raises(seen), whole_file(str(output)) as unfinished:
         with open(unfinished, 'wb') as file:
             file.write(b'ne')
         raise raised

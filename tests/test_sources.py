@@ -178,6 +178,10 @@ def test_wrong_folders_are_named(folders):
         with pytest.raises(UserError, match='/z is not a folder'):
             make_source(folders, 'train')
         folders.train = 'x,y'
+    Image.fromarray(an_image()).save(Path(folders.root, 'x/a\tname.png'))
+    with pytest.raises(UserError, match=r"x/a\\tname.png': rename it"):
+        make_source(folders, 'train')
+    Path(folders.root, 'x/a\tname.png').unlink()
     Image.fromarray(an_image()).save(Path(folders.root, 'x/one.png'))
     with pytest.raises(UserError, match=r'one.jpg and .*one.png have the same name'):
         make_source(folders, 'train')
@@ -259,6 +263,18 @@ def test_a_corrupt_file_is_named(folder):
         read(folder)
     (folder / 'image.png').write_text('<html>404</html>')
     with pytest.raises(UserError, match='image.png cannot be decoded .not a known picture format'):
+        read(folder)
+
+
+def test_a_png_whose_checksum_does_not_fit_is_named(folder):
+    content = png(a_label(), 8)
+    at = content.index(b'IDAT') - 4
+    size = int.from_bytes(content[at : at + 4])
+    torn = bytearray(content)
+    torn[at + 8 + size] ^= 1  # of the checksum alone: the pixels are as they were
+    (folder / 'label.png').write_bytes(torn)
+    np.testing.assert_array_equal(np.asarray(Image.open(folder / 'label.png')), a_label())
+    with pytest.raises(UserError, match='label.png cannot be decoded'):
         read(folder)
 
 

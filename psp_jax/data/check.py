@@ -31,7 +31,7 @@ from psp_jax.data.faults import (
     totals,
 )
 from psp_jax.data.labels import IGNORE, label_space, palette
-from psp_jax.data.sources import Source
+from psp_jax.data.sources import Source, root_of
 from psp_jax.errors import UserError
 
 SHOWN = 16  # pictures of --show
@@ -128,8 +128,7 @@ def show(source: Source, bad: set[int], config: ConfigDict, folder: str) -> int:
         zoom = max(1, round(240 / len(picture)))
         picture = picture.repeat(zoom, 0).repeat(zoom, 1)
         below = legend(np.unique(label).tolist(), space, picture.shape[1])
-        name = source.files[index][0] if source.files else source.name(index)
-        stem = os.path.splitext(os.path.basename(name))[0].replace(' ', '_')
+        stem = os.path.splitext(os.path.basename(source.names(index)[0]))[0].replace(' ', '_')
         path = f'{folder}/{batch["position"][0]:03}_{stem}.png'
         write_png(path, np.concatenate([picture, below]))
         count += 1
@@ -168,15 +167,15 @@ def check(config: ConfigDict, show_to: str = '', fix_to: str = '') -> None:
     names = [name for name in ('train', 'val', 'test') if data[name]]
     if not names:
         raise UserError('data.train, data.val and data.test are empty: there is nothing to check')
-    root = data.source.partition(':')[2] or data.root
+    root = root_of(data)
     lists = {name: os.path.join(fix_to, f'{name}.txt') for name in names}
     read = {os.path.realpath(os.path.join(root, data[name])) for name in names}
-    for path in lists.values():
-        if fix_to and os.path.realpath(path) in read:
+    for path in lists.values() if fix_to else ():
+        if os.path.realpath(path) in read:
             raise UserError(
                 f'--fix-list={fix_to}: {path} is a list that is read; name another folder'
             )
-        if fix_to and os.path.exists(path):
+        if os.path.exists(path):
             raise UserError(
                 f'--fix-list={fix_to}: {path} is there already; remove it, or name another folder'
             )
@@ -252,7 +251,6 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     overrides, words = split_overrides(argv)
     parser = Parser(
         prog='python -m psp_jax.data.check',
-        allow_abbrev=False,
         usage='%(prog)s --config configs/NAME.py[:arg=value,...] [--show DIR] [--fix-list DIR] '
         '[--config.key=value ...]',
         description='Reads the whole data set and says what is in it and what is wrong.',

@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from psp_jax.command_line import Parser, exit_code
+from psp_jax.command_line import Parser, exit_code, whole_file
 from psp_jax.data import annotations
 from psp_jax.data.annotations import IGNORED
 from psp_jax.data.decode import read_bytes, read_image
@@ -70,7 +70,8 @@ def labelme(folder: str, flags: argparse.Namespace) -> Plan:
     found: set[str] = set()
     for path in () if flags.classes else files.values():
         with contextlib.suppress(UserError):  # `make` tells it
-            found.update(shape.label for shape in _parsed(path, annotations.labelme)[2])
+            shapes = _parsed(path, annotations.labelme)[2]
+            found.update(shape.label for shape in shapes if ',' not in shape.label)
     if not (found or flags.classes):
         raise UserError(f'{folder}: no labelled shape can be read from its JSON files')
     classes, ids = _classes(flags, ','.join(['_background_', *sorted(found - {'_background_'})]))
@@ -248,7 +249,6 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     """The flags; raises UserError for an unknown one and a missing or illegal value."""
     parser = Parser(
         prog='python -m psp_jax.data.convert',
-        allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -319,20 +319,26 @@ def convert(plan: Plan, output: str, origin: str) -> None:
         results = pool.map(write, names)
         done = dict(zip(names, tqdm(results, 'converting', len(names), disable=None), strict=True))
     made = {name: result for name, result in done.items() if not isinstance(result, UserError)}
+    bad = [str(result) for result in done.values() if isinstance(result, UserError)]
+    for text in bad:
+        print(f'not made: {text}')
     for title, path in lists.items():
         lines = [made[name][0] for name in plan.lists[title] if name in made]
-        _write(path, ''.join(lines).encode())
-        print(f'{len(lines)} images with label maps in {path}')
+        if lines:
+            _write(path, ''.join(lines).encode())
+            print(f'{len(lines)} images with label maps in {path}')
+        else:
+            print(f'{path} is not written, as none of its label maps was made')
     ignored = {label for _, others in made.values() for label in others}
     if ignored:
         print(f'255 (ignore), since they are no classes: {", ".join(sorted(ignored))}')
     if len(lists) == 1:
         print('This is one list for both training and validation; --val 0.2 divides it')
-    if made:
+    if all(map(os.path.exists, lists.values())):
         print(f'To train:\n  {_command(plan, output)}')
-    bad = [str(result) for result in done.values() if isinstance(result, UserError)]
     if bad:
-        raise UserError(f'{len(bad)} of {len(names)} label maps were not made: {"; ".join(bad)}')
+        more = f' (and {len(bad) - 1} more, listed above)' if bad[1:] else ''
+        raise UserError(f'{len(bad)} of {len(names)} label maps were not made: {bad[0]}{more}')
 
 
 def _claim(output: str, origin: str, paths: Iterable[str]) -> None:
@@ -365,14 +371,10 @@ def _check_image(path: str, size: tuple[int, ...], output: str) -> None:
 
 
 def _write(path: str, content: bytes) -> None:
-    """Writes a file that appears when it is whole; report.whole_file takes seconds to import."""
-    try:
+    with whole_file(path) as unfinished:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f'{path}.unfinished', 'wb') as file:
+        with open(unfinished, 'wb') as file:
             file.write(content)
-        os.replace(f'{path}.unfinished', path)
-    except OSError as error:
-        raise UserError(f'{path} cannot be written ({error.strerror}); see --output') from error
 
 
 def _listed(path: str, root: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from psp_jax.data.labels import IGNORE
 from psp_jax.errors import UserError
@@ -23,7 +23,7 @@ def decode_image(content: bytes, name: str) -> np.ndarray:
     Raises UserError, which calls it `name`, where it cannot be decoded.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with _opened(content) as image:
             image.load()
             if image.mode == 'F':
                 raise ValueError('floating-point grey has no known range')
@@ -49,7 +49,7 @@ def decode_label(content: bytes, name: str) -> np.ndarray:
     Raises UserError, which calls it `name`, where it cannot be decoded or has no values to trust.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with _opened(content) as image:
             packed = str(image.tile[0][3]) if image.tile else ''
             image.load()
             mode, values, lossy = image.mode, np.asarray(image), image.format in ('JPEG', 'MPO')
@@ -66,6 +66,17 @@ def decode_label(content: bytes, name: str) -> np.ndarray:
     if mode == 'L' and packed in ('L;2', 'L;4'):
         values = values // (85 if packed == 'L;2' else 17)
     return values.astype(np.uint8) if values.dtype == bool else values
+
+
+def _opened(content: bytes) -> ImageFile.ImageFile:
+    """The picture, not yet decoded; raises where a checksum in a PNG does not fit.
+
+    Pillow's decoder stops at the last pixel and does not look at them.
+    """
+    if content.startswith(b'\x89PNG'):
+        with Image.open(io.BytesIO(content)) as image:
+            image.verify()
+    return Image.open(io.BytesIO(content))
 
 
 def _cannot_decode(content: bytes, name: str, error: Exception) -> UserError:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from psp_jax.data.decode import decode_image, decode_label
 from psp_jax.data.labels import IGNORE, label_space, label_table
-from psp_jax.data.sources import Encoded, Source, dir_pairs, files_source, list_pairs, make_source
+from psp_jax.data.sources import Encoded, Source, files_source, make_source, path_pairs
 from psp_jax.errors import UserError
 
 FEW = 0.05  # share of labels; what more of them hold is meant
@@ -76,10 +76,6 @@ class Split(NamedTuple):
     name: str
     source: Source
     facts: list[Facts]
-
-    def names(self, index: int) -> tuple[str, str]:
-        """What to call image and label of an example."""
-        return self.source.files[index] if self.source.files else (self.source.name(index),) * 2
 
 
 # ---- Facts
@@ -148,18 +144,14 @@ def _read(source: Source, split: str, index: int) -> Facts:
 
 def open_split(data: ConfigDict, split: str) -> tuple[Source | None, list[Finding]]:
     """The source of a split, as far as there is one, and the faults of its list or folders."""
-    kind, _, rest = data.source.partition(':')
-    root = os.path.expanduser(rest or data.root)
     heading = f'data.{split}: mend it, or what it names'
     try:
-        if kind == 'list':
-            files, problems = list_pairs(root, data[split], split == 'test')
-        elif kind == 'dirs':
-            files, problems = dir_pairs(root, data[split], f'data.{split}')
-        else:
+        pairs = path_pairs(data, split)
+        if pairs is None:
             return make_source(data, split), []
     except UserError as error:
         return None, [Finding(heading, split, -1, data[split], str(error))]
+    files, problems = pairs
     # A message begins with LIST:LINE:, or with the file that has no partner.
     named = [(re.split(r':\d+: | has no partner ', problem)[0], problem) for problem in problems]
     return files_source(files, data), [Finding(heading, split, -1, *both) for both in named]
@@ -233,7 +225,7 @@ def judge_labels(split: Split, data: ConfigDict) -> Iterator[Finding]:
     total = sum(bool(facts.pixels) for facts in split.facts)
 
     def of(heading: str, example: int, more: str = '') -> Finding:
-        file = split.names(example)[1]
+        file = split.source.names(example)[1]
         return Finding(heading, split.name, example, file, file + more)
 
     wrong = [value for value in sorted(stored) if ids[value] == NONE]
@@ -305,7 +297,7 @@ def judge_copies(splits: Sequence[Split]) -> Iterator[Finding]:
                 paths.add(path)
             other, at = first.setdefault(facts.digest, (split, i))
             if facts.digest and (other is not split or at != i):
-                name, twin = split.names(i)[0], other.names(at)[0]
+                name, twin = split.source.names(i)[0], other.source.names(at)[0]
                 leaked = other is not split and split.name == 'train'
                 text = f'{name} = {twin}' + (f' of {other.name}' if other is not split else '')
                 yield Finding(LEAKED if leaked else EQUAL, split.name, i, name, text)

@@ -49,6 +49,10 @@ class Source(NamedTuple):
     labelled: bool = True
     encoded: Callable[[int], Encoded] | None = None
 
+    def names(self, index: int) -> tuple[str, str]:
+        """What to call image and label of an example: their paths, where they have some."""
+        return self.files[index] if self.files else (self.name(index),) * 2
+
 
 def make_source(data: ConfigDict, split: str) -> Source:
     """Returns the source of one split ('train', 'val' or 'test') as `data` (config.data) says.
@@ -62,29 +66,41 @@ def make_source(data: ConfigDict, split: str) -> Source:
     folder of all its data sets ('' = its default). 'list:FOLDER' is short for 'list' and data.root.
     Raises UserError where the description is wrong or the set is empty.
     """
-    where = f'data.{split}'
     if not data[split]:
-        raise UserError(f'{where} is empty: set it (data.source is {data.source!r})')
-    kind, _, rest = data.source.partition(':')
-    root = os.path.expanduser(rest if rest and kind != 'tfds' else data.root)
+        raise UserError(f'data.{split} is empty: set it (data.source is {data.source!r})')
+    pairs = path_pairs(data, split)
+    if pairs:
+        files, problems = pairs
+        if problems:
+            raise UserError(_first_of(problems))
+        return files_source(files, data)
+    kind, _, name = data.source.partition(':')
     if kind == 'scenes':
         return _scenes_source(data, split)
     if kind == 'tfds':
         from psp_jax.data.tfds_source import open_split  # imports TFDS, which takes seconds
 
-        length, name, encoded = open_split(rest, root, data[split])
-        return stored_source(length, name, encoded, data)
+        return stored_source(*open_split(name, root_of(data), data[split]), data)
+    raise UserError(f"data.source = {data.source!r}: use 'list', 'dirs', 'tfds:NAME' or 'scenes'")
+
+
+def root_of(data: ConfigDict) -> str:
+    """The folder that the paths of `data` are relative to."""
+    kind, _, rest = data.source.partition(':')
+    return os.path.expanduser(rest if rest and kind != 'tfds' else data.root)
+
+
+def path_pairs(data: ConfigDict, split: str) -> tuple[list[tuple[str, str]], list[str]] | None:
+    """The (image, label) paths of a list or of folders, and what is wrong with others of them.
+
+    None where data.source is neither. Raises UserError where there is no pair at all.
+    """
+    kind = data.source.partition(':')[0]
     if kind == 'list':
-        files, problems = list_pairs(root, data[split], split == 'test')
-    elif kind == 'dirs':
-        files, problems = dir_pairs(root, data[split], where)
-    else:
-        raise UserError(
-            f"data.source = {data.source!r}: use 'list', 'dirs', 'tfds:NAME' or 'scenes'"
-        )
-    if problems:
-        raise UserError(_first_of(problems))
-    return files_source(files, data)
+        return list_pairs(root_of(data), data[split], split == 'test')
+    if kind == 'dirs':
+        return dir_pairs(root_of(data), data[split], f'data.{split}')
+    return None
 
 
 def files_source(files: Sequence[tuple[str, str]], data: ConfigDict) -> Source:
@@ -262,6 +278,9 @@ def _list_dir(folder: str) -> tuple[dict[str, str], list[str]]:
                 continue
             path = os.path.join(parent, name)
             stem = os.path.splitext(path)[0][len(folder) :].lstrip('/')
+            if not path.isprintable():
+                problems.append(f'{path!r}: rename it, lists of files cannot hold such a name')
+                continue
             if stem in found:
                 problems.append(f'{found[stem]} and {path} have the same name: remove one')
             else:

@@ -7,7 +7,6 @@ array_record, which alone can be read by index.
 import argparse
 import importlib
 import inspect
-import logging as logging_of_requests
 import os
 import sys
 from collections.abc import Sequence
@@ -41,7 +40,6 @@ def run(argv: Sequence[str]) -> None:
         description='Prepares a data set, downloading what it can: for data.source=tfds:NAME.',
         epilog='python -m psp_jax.datasets NAME --describe tells what a data set needs and holds.',
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         'name', help=f'{", ".join(BUILDERS)}, or a data set of TFDS such as oxford_iiit_pet'
@@ -60,7 +58,6 @@ def run(argv: Sequence[str]) -> None:
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
     logging.set_verbosity(logging.WARNING)  # counts that differ, labels without a class
-    logging_of_requests.getLogger('urllib3').setLevel(logging_of_requests.ERROR)
     folders = (flags.data_dir, flags.manual_dir, flags.download_dir)
     data_dir, manual_dir, download_dir = (x and os.path.expanduser(x) for x in folders)
     if manual_dir and '://' not in manual_dir and not os.path.isdir(manual_dir):

@@ -21,6 +21,7 @@ from etils import epath
 from PIL import Image
 from tensorflow_datasets.core import file_adapters, writer
 
+from psp_jax.data.decode import decode_label
 from psp_jax.data.labels import IGNORE, label_space, label_table
 from psp_jax.errors import UserError
 
@@ -180,13 +181,10 @@ def read_label(archive: Archive, name: str) -> np.ndarray:
 
     Raises UserError, naming the file, where it is no picture of one byte a pixel.
     """
-    try:
-        with Image.open(io.BytesIO(archive.read(name))) as picture:
-            if picture.mode in ('L', 'P'):
-                return np.asarray(picture)
-            raise UserError(f'{name} is a label of mode {picture.mode}: it must be L or P')
-    except OSError as error:
-        raise UserError(f'{name} cannot be decoded ({error})') from error
+    values = decode_label(archive.read(name), name)
+    if values.dtype != np.uint8:
+        raise UserError(f'{name} has labels of more than 8 bits')
+    return values
 
 
 def examples(
