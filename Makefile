@@ -1,5 +1,6 @@
 # make demo    train on the built-in scenes, evaluate, and leave a picture and metrics.json
 # make test    linters and the fast tests; make test-slow: the others
+# make test-torch, make test-topology   beside PyTorch; with the compilers for TPUs and cards
 # make bench   the quick benchmark; BENCHMARKS=context for the other, which trains six networks
 # Each sets up .venv first, with the Python that PYTHON names, or else python3 if it is 3.11 to 3.13,
 # or else python3.13, python3.12 or python3.11. .venv is used again until the requirements change.
@@ -8,7 +9,7 @@ SHELL := /bin/bash
 RUN := .venv/bin/python
 BENCHMARKS := conv_gradient
 
-.PHONY: demo test test-slow test-torch bench lint clean
+.PHONY: demo test test-slow test-torch test-topology bench lint clean
 
 demo: .venv/requirements.txt
 	$(RUN) -m psp_jax.main --config configs/scenes.py --workdir runs/scenes
@@ -17,14 +18,18 @@ demo: .venv/requirements.txt
 	@echo "Picture: $$(ls -t runs/scenes/eval/*/panels.png | head -n 1)"
 
 test: lint
-	$(RUN) -m pytest -m 'not slow and not torch' -n 2 --dist loadfile --durations=10
+	$(RUN) -m pytest -m 'not slow and not torch and not topology' -n 2 --dist loadfile --durations=10
 
 test-slow: .venv/requirements-test.txt
-	$(RUN) -m pytest -m 'slow and not torch' -n 2 --dist loadfile --durations=10
+	$(RUN) -m pytest -m 'slow and not torch and not topology' -n 2 --dist loadfile --durations=10
 
 # Beside PyTorch, torchvision, timm and mmsegmentation.
 test-torch: .venv/requirements-torch.txt
 	$(RUN) -m pytest -m torch
+
+# In an environment of its own: JAX complains of missing devices wherever their compilers are.
+test-topology: .venv-topology/requirements-topology.txt
+	JAX_PLATFORMS=cpu .venv-topology/bin/python -m pytest -m topology --durations=10
 
 lint: .venv/requirements-test.txt
 	$(RUN) -m ruff check .
@@ -34,7 +39,7 @@ bench: .venv/requirements.txt
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(RUN) -m benchmarks.$$name || exit 1; done
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-topology
 
 .venv/bin/python:
 	@for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
@@ -64,3 +69,10 @@ clean:
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps \
 	    mmsegmentation==1.2.2 mmcv-lite==2.1.0 mmengine==0.10.7
 	@cp requirements-torch.txt $@
+
+.venv-topology/requirements-topology.txt: requirements-topology.txt requirements-test.txt requirements.txt \
+        .venv/bin/python
+	$(RUN) -m venv .venv-topology
+	.venv-topology/bin/python -m pip install --quiet --disable-pip-version-check \
+	    -r requirements-test.txt -r requirements-topology.txt
+	@cp requirements-topology.txt $@

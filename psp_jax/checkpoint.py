@@ -6,6 +6,7 @@ it. Saving is asynchronous and atomic: a checkpoint that was cut off does not co
 """
 
 import errno
+import json
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -15,11 +16,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from psp_jax.config import from_json
 from psp_jax.errors import UserError
+
+
+class Unreadable(UserError):
+    """The files of a checkpoint are missing or broken."""
+
 
 # What orbax and tensorstore raise where files of a checkpoint are missing, cut off or changed.
 _UNREADABLE = (OSError, KeyError, TypeError, ValueError)
@@ -39,6 +46,7 @@ def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
         preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
         best_fn=lambda metrics: metrics['mIoU'],
         save_decision_policy=policies.FixedIntervalPolicy(1),  # train.py decides, not orbax
+        cleanup_tmp_directories=True,  # of saves that were cut off
     )
     path = directory(workdir)
     try:
@@ -56,25 +64,49 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in flat}
 
 
-def save(
-    manager: ocp.CheckpointManager,
-    step: int,
-    state: Any,
-    meta: dict[str, Any],
-    metrics: dict[str, float] | None,
-) -> None:
-    """Starts saving; `metrics` holds the mIoU if this step was evaluated."""
+def save(manager: ocp.CheckpointManager, step: int, state: Any, meta: dict[str, Any]) -> None:
+    """Starts saving."""
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(unflatten_dict(named_leaves(state), sep='/')),
         meta=ocp.args.JsonSave(meta),
     )
-    manager.save(step, args=items, metrics=metrics)
+    manager.save(step, args=items)
+
+
+def add_metrics(
+    manager: ocp.CheckpointManager, step: int, metrics: dict[str, Any], keep: int
+) -> None:
+    """Adds the scores of a saved step, 'mIoU' among them, and removes what is best no more.
+
+    Evaluation takes its time, and the state has to be safe by then: a checkpoint is saved first and
+    gets the file that orbax would have written with it afterwards, all at once.
+    """
+    manager.wait_until_finished()
+    folder = manager.directory / str(step) / 'metrics'
+    if jax.process_index() == 0:
+        folder.mkdir(exist_ok=True)
+        unfinished = folder / 'unfinished'
+        unfinished.write_text(json.dumps(metrics))
+        unfinished.replace(folder / 'metrics')
+    multihost_utils.sync_global_devices(f'metrics of step {step}')
+    manager.reload()
+    steps = sorted(manager.all_steps())
+    for old in {*steps[:-keep]} - {manager.best_step()}:
+        manager.delete(old)
+
+
+def set_aside(manager: ocp.CheckpointManager, step: int) -> None:
+    """Renames a checkpoint that cannot be read: its step is to be saved again."""
+    if jax.process_index() == 0:
+        (manager.directory / str(step)).rename(manager.directory / f'{step}.damaged')
+    multihost_utils.sync_global_devices(f'damaged step {step}')
+    manager.reload()
 
 
 def save_variables(workdir: str, variables: dict[str, Any], meta: dict[str, Any]) -> None:
     """Writes parameters and statistics that no training made as the checkpoint of step 0."""
     with open_manager(workdir, 1) as manager:
-        save(manager, 0, variables, meta, None)
+        save(manager, 0, variables, meta)
 
 
 def find_in(source: str) -> tuple[epath.Path, int]:
@@ -204,10 +236,10 @@ def _read(path: epath.Path, step: int, arguments: dict[str, ocp.RestoreArgs]) ->
     return flatten_dict(found, sep='/')
 
 
-def cannot_be_read(path: epath.Path, error: Exception) -> UserError:
+def cannot_be_read(path: epath.Path, error: Exception) -> Unreadable:
     """What to tell of a checkpoint whose files are missing or broken."""
     reason = ' '.join(str(error).partition('[tensorstore_spec')[0].split())
-    return UserError(
+    return Unreadable(
         f'{path}: cannot be read as a checkpoint of psp_jax ({reason}). If it is damaged, remove '
         'this folder; then the one before it is the latest'
     )

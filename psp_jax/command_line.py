@@ -5,10 +5,13 @@ import contextlib
 import errno
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from psp_jax.errors import UserError
+
+PREEMPTED = 75  # exit code after SIGTERM; sysexits.h: a temporary failure, to be tried again
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,16 +50,34 @@ def quieten_libraries() -> None:
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)
+    # Orbax writes pages about each thread of a save that failed, and raises the error as well.
+    python_logging.getLogger('absl').addFilter(lambda record: 'orbax' not in record.pathname)
     # Of the many reads of a damaged checkpoint orbax awaits one; asyncio prints the errors of all.
     python_logging.getLogger('asyncio').setLevel(python_logging.CRITICAL)
     python_logging.getLogger('urllib3').setLevel(python_logging.ERROR)  # each try of a download
-    sys.excepthook = _excepthook
+    sys.excepthook, sys.unraisablehook = _excepthook, _unraisablehook
+    threading.excepthook = _thread_excepthook
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, where: Any) -> None:
     """Python's own, but for those reads that end when nobody's event loop is there any more."""
-    if not (kind is RuntimeError and str(error) == 'Event loop is closed'):
+    if not _is_late(error):
         sys.__excepthook__(kind, error, where)
+
+
+def _unraisablehook(unraisable: Any) -> None:
+    if not _is_late(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
+def _thread_excepthook(args: Any) -> None:
+    """Python's own, but for saves to a full disk: the main thread raises those errors too."""
+    if not (args.exc_value and disk_is_full(args.exc_value)):
+        threading.__excepthook__(args)
+
+
+def _is_late(error: BaseException | None) -> bool:
+    return isinstance(error, RuntimeError) and str(error) == 'Event loop is closed'
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from psp_jax.legal import as_text, check_values, parsed, typed
 # `total_steps` is not among them: the learning rate's decay is a function of it.
 FREE_ON_RESUME = (
     'log_every',
+    'hang_seconds',
     'eval_every',
     'checkpoint_every',
     'checkpoint_keep',
@@ -33,6 +34,7 @@ FREE_ON_RESUME = (
     'mesh.*',
     'data.root',
     'data.threads',
+    'data.on_error',
     'data.val',
     'data.test',
 )
@@ -48,6 +50,7 @@ def default_config() -> ConfigDict:
         checkpoint_every=1_000,  # steps between checkpoints; evaluated steps have one too
         checkpoint_keep=2,  # newest checkpoints kept, the best one by mIoU besides
         log_every=50,  # steps between log lines
+        hang_seconds=900,  # without a finished step until all stacks are dumped; 0 = never
         # Weights to start from: a file (.pth, .safetensors), hf://OWNER/NAME[/FILE], the workdir or
         # checkpoint of another run; two files with a comma; '' = random.
         init_from='',
@@ -55,7 +58,10 @@ def default_config() -> ConfigDict:
         dtype='float32',  # of activations: float32 | bfloat16 | float64 (for exact comparisons)
     )
     config.mesh = _group(
-        data=-1,  # devices that the batch is divided over; -1 = all there are
+        data=-1,  # devices that the batch is divided over; -1 = all there are, over mesh.space
+        # Neighbouring devices that each image is split over in height, for crops that do not fit
+        # on one; the results are the same. Divides the devices of each process.
+        space=1,
     )
     config.data = _group(
         source='list',  # list | dirs | tfds:NAME | scenes (drawn on the fly, nothing to download)
@@ -76,6 +82,9 @@ def default_config() -> ConfigDict:
         rotate=10.0,  # degrees either way, for every second example; 0 = off
         blur=0.5,  # probability of a 5x5 Gaussian blur; 0 = off
         mirror=0.5,  # probability of a horizontal flip; 0 = off
+        # A training example that cannot be read: stop, naming it | skip it and take the next one;
+        # evaluation always stops, for its scores are of every image.
+        on_error='stop',
         threads=0,  # that read and augment on each host; 0 = one a core
     )
     config.model = _group(

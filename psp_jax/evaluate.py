@@ -15,7 +15,16 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from psp_jax import checkpoint, html_report, inference, losses, metrics, protocols, report
+from psp_jax import (
+    checkpoint,
+    html_report,
+    inference,
+    losses,
+    metrics,
+    processes,
+    protocols,
+    report,
+)
 from psp_jax.data.labels import IGNORE, label_space, stored_ids
 from psp_jax.data.pipeline import read_ahead
 from psp_jax.data.sources import Source, check_source, make_source
@@ -81,7 +90,7 @@ def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> 
     Every process scores every `process_count`-th image on its own devices, at its own pace; only
     the counts are summed over processes in the end.
     """
-    mesh = local_mesh(config.mesh.data)
+    mesh = local_mesh(config.mesh.data, config.mesh.space)
     names = label_space(config.data.classes).names
     share = range(jax.process_index(), source.length, jax.process_count())
     programs = inference.make_programs(config, model, mesh)
@@ -162,6 +171,7 @@ def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> 
             total=len(share), desc='evaluating', unit='image', disable=hidden, leave=False
         ) as bar:
             for result in scored(local(variables), share, predict=write is not None):
+                processes.still_alive(config.hang_seconds)
                 confusion += result.confusion
                 loss, count = loss + result.loss, count + result.count
                 labelled = result.confusion.any()

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
-from psp_jax.mesh import put_batch
+from psp_jax.mesh import put_batch, split_batch
 from psp_jax.model import pspnet
 from psp_jax.model.layers import strided
 from psp_jax.model.resample import apply_taps, resize
@@ -51,6 +51,10 @@ class Programs(NamedTuple):
     mesh: Mesh
     release: Callable[[], None]  # frees what `fields` keeps on the devices
     batch: int  # blocks that `fields` takes at a time
+    # The program with the network, and its arguments (behind the variables) as shapes: of an input
+    # size, and of images that have so many windows. For those who compile it without running it.
+    network: jax.stages.Wrapped
+    arguments: Callable[[Size, int], tuple[jax.ShapeDtypeStruct, ...]]
 
 
 def make_programs(config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh) -> Programs:
@@ -67,7 +71,7 @@ def make_programs(config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh) -> Progr
     per_device = -(-config.eval.batch_size // devices)  # windows, or whole images
     split, everywhere = PartitionSpec('data'), PartitionSpec()
 
-    def sharded(fn: Callable[..., Any], *whole: bool, **keys: Any) -> Callable[..., Any]:
+    def sharded(fn: Callable[..., Any], *whole: bool, **keys: Any) -> jax.stages.Wrapped:
         """jit of `fn`, run by each device on its own rows; arguments marked whole are shared."""
         specs = tuple(everywhere if w else split for w in whole)
         return jax.jit(
@@ -113,6 +117,17 @@ def make_programs(config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh) -> Progr
         old = lax.dynamic_slice(canvas, start, window.shape)
         return lax.dynamic_update_slice(canvas, old + window, start)[None]
 
+    def windows_of_call(windows: int) -> int:
+        """Few windows do not fill a call; powers of two, for few programs."""
+        return min(per_device, 1 << (windows - 1).bit_length())
+
+    def arguments(shape: Size, windows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        lead = (devices, windows_of_call(windows)) if slides else (per_device * devices,)
+        images = (*lead, *shape, 3), jnp.float32 if slides else jnp.uint8
+        sizes = (*lead, 2), jnp.int32
+        place = split_batch(mesh)
+        return tuple(jax.ShapeDtypeStruct(*made, sharding=place) for made in (images, sizes))
+
     whole_scores = sharded(network, True, False, False)
     sliding_scores = sharded(window_scores, True, False, False)
     add_window = sharded(add, False, False, True, False, True, donate_argnums=0)
@@ -139,8 +154,7 @@ def make_programs(config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh) -> Progr
             found = kept.pop((v, *shape), None)
             canvases.append(put_batch(np.zeros(shape, exact), mesh) if found is None else found)
         kept.clear()
-        # Few windows do not fill a call; powers of two, for few programs.
-        count = min(per_device, 1 << (len(slots) - 1).bit_length())
+        count = windows_of_call(len(slots))
         for begin in range(0, len(slots), count):
             chunk = slots[begin : begin + count]
             windows = np.zeros((devices, count, *parts[0].shape, 3), np.float32)
@@ -185,7 +199,8 @@ def make_programs(config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh) -> Progr
 
     batch = devices if slides else per_device * devices
     fields = sliding_fields if slides else whole_fields
-    return Programs(fields, on_tile, mesh, kept.clear, batch)
+    scores = sliding_scores if slides else whole_scores
+    return Programs(fields, on_tile, mesh, kept.clear, batch, scores, arguments)
 
 
 def tiles(blocks: Sequence[Block], programs: Programs) -> Iterator[Tile]:

@@ -60,18 +60,19 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     'eval.protocol': ('whole', 'semseg', 'caffe', 'mmseg', 'mmseg_slide'),
     'eval.flip': ('auto', 'true', 'false'),
     'eval.split': ('train', 'val', 'test'),
+    'data.on_error': ('stop', 'skip'),
 }
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     (
         'batch_size total_steps eval_every checkpoint_every checkpoint_keep log_every '
         'model.head_width model.aux_width optimizer.learning_rate optimizer.head_multiplier '
-        'optimizer.recipe_batch_size eval.batch_size',
+        'optimizer.recipe_batch_size eval.batch_size mesh.space',
         'positive',
         lambda value: value > 0,
     ),
     (
         'data.threads loss.aux_weight optimizer.power optimizer.weight_decay '
-        'optimizer.warmup_steps eval.base_size eval.panels',
+        'optimizer.warmup_steps eval.base_size eval.panels hang_seconds',
         '0 or more',
         lambda value: value >= 0,
     ),

@@ -9,11 +9,13 @@ import os
 import sys
 from collections.abc import Sequence
 
+from psp_jax import processes
 from psp_jax.command_line import Parser, exit_code, quieten_libraries, split_overrides
 
 FLAGS = (
     *('--config', '--workdir', '--mode', '--checkpoint'),
-    *('--images', '--output', '--probabilities', '--help'),
+    *('--images', '--output', '--probabilities', '--topology', '--help'),
+    *('--coordinator_address', '--num_processes', '--process_id'),
 )
 EPILOG = """\
 modes:
@@ -23,7 +25,10 @@ modes:
   predict  label maps and overlays of --images PICTURE_OR_DIR_OR_GLOB in --output DIR
   export   write a checkpoint to --output FILE: its weights under semseg's names (.safetensors), or
            the network as a program for jax alone (.jaxexport)
-  The last three take the configuration from the checkpoint unless --config is given.
+  dry_run  what a run needs (memory, FLOPs, communication) and whether it fits, from compiling it:
+           for this machine, or for --topology v5e:2x4 (TPUs) or h100:8, h100:2x8 (cards; hosts x
+           cards) without having them; the figures as JSON in --output FILE
+  eval, predict and export take the configuration from the checkpoint unless --config is given.
 
 keys: psp_jax/config.py lists them all with their defaults. A value has the type of the default:
   --config.total_steps=1000  --config.data.root=/data/ade  --config.model.reduce=false
@@ -35,7 +40,11 @@ examples:
   python -m psp_jax.main --mode eval --workdir runs/r101 --checkpoint best
   python -m psp_jax.main --mode predict --workdir runs/r101 --images photos --output labels
 
-exit codes: 0 done, 2 an error of the user's (one line on stderr says which), 130 interrupted
+many processes: the same command on each, which finds the others on Cloud TPU, Slurm and Open MPI;
+  elsewhere by --coordinator_address, --num_processes and --process_id
+
+exit codes: 0 done, 2 an error of the user's (one line on stderr says which), 75 stopped by SIGTERM
+  (the same command goes on from a checkpoint), 130 interrupted
 """
 
 
@@ -65,9 +74,9 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument(
         '--mode',
-        choices=('train', 'eval', 'predict', 'export'),
+        choices=('train', 'eval', 'predict', 'export', 'dry_run'),
         default='train',
-        help='train (default), eval, predict or export',
+        help='train (default), eval, predict, export or dry_run',
     )
     parser.add_argument(
         '--checkpoint',
@@ -78,13 +87,25 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         '--images', metavar='WHICH', help='for predict: a picture, a folder or a quoted glob'
     )
     parser.add_argument(
-        '--output', metavar='PATH', help='for predict: a folder; for export: a file'
+        '--output', metavar='PATH', help='for predict: a folder; for export, dry_run: a file'
     )
     parser.add_argument(
         '--probabilities',
         action='store_true',
         help='for predict: the probabilities too, as .npy of float16 [H, W, classes]',
     )
+    parser.add_argument(
+        '--topology',
+        metavar='NAME',
+        help='for dry_run: machines to compile for (default: this one)',
+    )
+    parser.add_argument(
+        '--coordinator_address',
+        metavar='HOST:PORT',
+        help='of the first of several processes, where the cluster does not say it',
+    )
+    parser.add_argument('--num_processes', metavar='N', type=int, help='with it: how many')
+    parser.add_argument('--process_id', metavar='I', type=int, help='with it: which, from 0')
     flags, unknown = parser.parse_known_args(words)
     if unknown and unknown[0].startswith('-'):
         from psp_jax.config import nearest
@@ -93,21 +114,31 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f'flag {flag} is unknown; did you mean {nearest(flag, FLAGS)}?')
     if unknown:
         parser.error(f'{unknown[0]!r} belongs to no flag')
-    if flags.mode == 'train' and flags.config is None:
-        parser.error('--mode train needs --config, such as --config configs/scenes.py')
+    if flags.mode in ('train', 'dry_run') and flags.config is None:
+        parser.error(f'--mode {flags.mode} needs --config, such as --config configs/scenes.py')
+    if flags.mode == 'dry_run' and flags.checkpoint is not None:
+        parser.error('--checkpoint is for the other modes; a dry run touches none')
     if flags.mode == 'train' and flags.checkpoint is not None:
         parser.error('--checkpoint is for the other modes; training continues from --workdir')
     if flags.workdir is None and flags.config is None:
         parser.error(f'--mode {flags.mode} needs --config or --workdir')
-    if (flags.mode in ('predict', 'export')) != (flags.output is not None):
-        parser.error('--output PATH goes together with --mode predict or export')
+    if flags.mode != 'dry_run' and (
+        (flags.mode in ('predict', 'export')) != (flags.output is not None)
+    ):
+        parser.error('--output PATH goes together with --mode predict, export or dry_run')
+    if flags.topology is not None and flags.mode != 'dry_run':
+        parser.error('--topology NAME goes together with --mode dry_run')
     if (flags.mode == 'predict') != (flags.images is not None):
         parser.error('--images WHICH goes together with --mode predict')
+    joins = (flags.coordinator_address, flags.num_processes, flags.process_id)
+    if flags.mode not in ('train', 'eval') and joins != (None, None, None):
+        parser.error(f'--mode {flags.mode} runs in one process')
     if flags.probabilities and flags.mode != 'predict':
         parser.error('--probabilities goes together with --mode predict')
     return flags, overrides
 
 
+@processes.told_to_all()
 def run(argv: Sequence[str]) -> None:
     """Does what the flags say; raises UserError for what is the user's to mend."""
     flags, overrides = parse_flags(argv)
@@ -122,11 +153,17 @@ def run(argv: Sequence[str]) -> None:
     workdir = flags.workdir or os.path.join('runs', name)
 
     quieten_libraries()
+    if flags.mode in ('train', 'eval'):
+        processes.start(flags.coordinator_address, flags.num_processes, flags.process_id)
     which = flags.checkpoint or 'latest'
     if config is not None and flags.mode == 'train':
         from psp_jax import train
 
         train.train_and_evaluate(config, workdir, name)
+    elif config is not None and flags.mode == 'dry_run':
+        from psp_jax import dry_run
+
+        dry_run.dry_run(config, name, flags.topology, flags.output)
     elif flags.mode == 'eval':
         from psp_jax import evaluate
 
@@ -145,7 +182,8 @@ def run(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    return exit_code(run, argv)
+    with processes.listening():
+        return processes.ended(lambda: exit_code(run, argv))
 
 
 if __name__ == '__main__':

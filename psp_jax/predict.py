@@ -98,7 +98,7 @@ class Predictor:
                 left[number] = len(found)
                 yield [Example(number, image, None, block, len(found)) for block in found]
 
-        size = local_mesh(self.config.mesh.data).size
+        size = local_mesh(self.config.mesh.data, self.config.mesh.space).size
         for batch in inference.make_batches(blocks(), size):
             for example, place, tile in self._tiles(batch, scores is not None):
                 _, _, ids, array = waiting[example.number]
@@ -127,7 +127,7 @@ class Predictor:
         """Those for blocks of a protocol, and for class ids and probabilities of a tile."""
         if protocol not in self._made:
             config = self._configs[protocol]
-            mesh = local_mesh(config.mesh.data)
+            mesh = local_mesh(config.mesh.data, config.mesh.space)
             if protocol not in protocols.SLIDING:  # one image a device: more may not come
                 config = resolve(flatten(config) | {'eval.batch_size': mesh.size})
             made = inference.make_programs(config, pspnet.build(config), mesh)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import cv2
@@ -26,23 +27,20 @@ class Writer:
     """Scalars to `WORKDIR/metrics.jsonl` and TensorBoard, from the first process only.
 
     A run that continues from step `first` takes back the lines of later steps, which it will write
-    again, so that every step stands there once.
+    again, so that every step stands there once; where `first` is still to be `evaluated`, that line
+    too.
     """
 
-    def __init__(self, workdir: str, first: int):
+    def __init__(self, workdir: str, first: int, evaluated: bool = True):
         self.active = jax.process_index() == 0
         if self.active:
             tf.io.gfile.makedirs(workdir)
             path = f'{workdir}/metrics.jsonl'
-            if tf.io.gfile.exists(path):
-                with tf.io.gfile.GFile(path) as file:
-                    lines = file.read().splitlines()
-                with tf.io.gfile.GFile(f'{path}.new', 'w') as file:
-                    for line in lines:
-                        with contextlib.suppress(ValueError, KeyError):  # a line that was cut off
-                            if json.loads(line)['step'] <= first:
-                                file.write(f'{line}\n')
-                tf.io.gfile.rename(f'{path}.new', path, overwrite=True)
+
+            def stays(values: dict[str, Any]) -> bool:
+                return values['step'] < first + (evaluated or 'loss' in values)
+
+            _take_back(path, stays)
             self.lines = tf.io.gfile.GFile(path, 'a')
             self.events = tf.summary.create_file_writer(f'{workdir}/tensorboard')
 
@@ -65,6 +63,42 @@ class Writer:
         if self.active:
             self.lines.close()
             self.events.close()
+
+
+class Skips:
+    """Training examples that could not be read: a line each, on stderr and in a file.
+
+    That is `WORKDIR/skipped.jsonl`, and `skipped-I.jsonl` of process I > 0, which each has examples
+    of its own. A run that continues at example number `first` takes back the later lines.
+    """
+
+    def __init__(self, workdir: str, first: int):
+        index = jax.process_index()
+        self.path = f'{workdir}/skipped{f"-{index}" if index else ""}.jsonl'
+        self.count = _take_back(self.path, lambda values: values['position'] < first)
+
+    def add(self, position: int, text: str) -> None:
+        self.count += 1
+        with tf.io.gfile.GFile(self.path, 'a') as file:
+            file.write(json.dumps({'position': position, 'error': text}) + '\n')
+        print(f'skipped, the {self.count}. of this run: {text}', file=sys.stderr, flush=True)
+
+
+def _take_back(path: str, stays: Callable[[dict[str, Any]], bool]) -> int:
+    """Removes the other lines of a file of JSON lines, if it is there; returns how many stay."""
+    if not tf.io.gfile.exists(path):
+        return 0
+    with tf.io.gfile.GFile(path) as file:
+        lines = file.read().splitlines()
+    kept = []
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError):  # a line that was cut off
+            if stays(json.loads(line)):
+                kept.append(f'{line}\n')
+    with tf.io.gfile.GFile(f'{path}.new', 'w') as file:
+        file.write(''.join(kept))
+    tf.io.gfile.rename(f'{path}.new', path, overwrite=True)
+    return len(kept)
 
 
 class Speed:

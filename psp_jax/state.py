@@ -68,4 +68,5 @@ def restore_variables(config: ConfigDict, path: Any, step: int) -> dict[str, Any
     enable_float64(config)
     shapes = jax.eval_shape(lambda: init_variables(build(config), config.seed))
     target = {name: shapes[name] for name in ('params', 'batch_stats')}
-    return checkpoint.restore(path, step, on_devices(target, local_mesh(config.mesh.data)))
+    mesh = local_mesh(config.mesh.data, config.mesh.space)
+    return checkpoint.restore(path, step, on_devices(target, mesh))

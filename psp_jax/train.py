@@ -1,6 +1,7 @@
 """A training run, from the configuration to the last checkpoint."""
 
 import time
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -10,16 +11,25 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from psp_jax import checkpoint, evaluate, import_weights, optimizer, report
+from psp_jax import checkpoint, evaluate, import_weights, optimizer, processes, report
 from psp_jax.checkpoint import named_leaves
 from psp_jax.config import from_json, resume_differences, to_json
 from psp_jax.data.pipeline import example_index, train_batches
 from psp_jax.data.sources import Source, check_source, make_source
 from psp_jax.errors import UserError
-from psp_jax.losses import segmentation_loss
-from psp_jax.mesh import make_mesh, on_devices, put_batch, replicated, split_batch
+from psp_jax.losses import map_row_blocks, map_row_phases, segmentation_loss
+from psp_jax.mesh import (
+    cut_images,
+    is_cut,
+    make_mesh,
+    on_devices,
+    put_batch,
+    replicated,
+    split_images,
+)
 from psp_jax.model import pspnet
 from psp_jax.model.resample import resize_matrix
+from psp_jax.protocols import crop_size
 from psp_jax.state import (
     TrainState,
     create_state,
@@ -36,15 +46,21 @@ def train_step(
     model: pspnet.PSPNet,
     tx: optax.GradientTransformation,
     config: ConfigDict,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of SGD on the global batch: the next state, and scalars about this step.
 
-    batch: 'image' uint8 [B, H, W, 3], 'label' uint8 [B, H, W] (255 = ignore). Scalars: loss,
-    loss_main and loss_aux (mean over the valid pixels of the global batch), learning_rate, and
-    finite (whether the loss and every updated value are).
+    batch: 'image' uint8 [B, H, W, 3], 'label' uint8 [B, H, W] (255 = ignore); on a `mesh` that cuts
+    images, as `put_batch` pads them. Scalars: loss, loss_main and loss_aux (mean over the valid
+    pixels of the global batch), learning_rate, and finite (whether the loss and every updated value
+    are).
     """
-    images = pspnet.normalise(batch['image'], config)
-    labels = batch['label']
+    images, labels = batch['image'], batch['label']
+    map_rows: Callable[..., Any] = map_row_blocks
+    if mesh is not None and is_cut(mesh):
+        images, labels = cut_images(batch, crop_size(config)[0], mesh)
+        map_rows = map_row_phases
+    images = pspnet.normalise(images, config)
     dropout = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
     def loss_fn(params: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
@@ -55,14 +71,14 @@ def train_step(
             mutable=['batch_stats'],
             rngs={'dropout': dropout},
         )
-        matrices = [
-            resize_matrix(logits.shape[axis], labels.shape[axis], model.align_corners)
+        rows, columns = [
+            resize_matrix(logits.shape[axis], images.shape[axis], model.align_corners)
             for axis in (1, 2)
         ]
-        losses = {'loss_main': segmentation_loss(logits, labels, *matrices)}
+        losses = {'loss_main': segmentation_loss(logits, labels, rows, columns, map_rows)}
         loss = losses['loss_main']
         if aux_logits is not None:
-            losses['loss_aux'] = segmentation_loss(aux_logits, labels, *matrices)
+            losses['loss_aux'] = segmentation_loss(aux_logits, labels, rows, columns, map_rows)
             loss += config.loss.aux_weight * losses['loss_aux']
         return loss, (losses, updates['batch_stats'])
 
@@ -84,11 +100,14 @@ def compile_step(
     tx: optax.GradientTransformation,
     config: ConfigDict,
 ) -> jax.stages.Wrapped:
-    """`train_step` jitted over the mesh: state replicated and donated, batch split."""
+    """`train_step` jitted over the mesh: state replicated and donated, batch split.
+
+    Of the batch it takes 'image' and 'label'.
+    """
     return jax.jit(
-        lambda state, batch: train_step(state, batch, model=model, tx=tx, config=config),
+        lambda state, batch: train_step(state, batch, model=model, tx=tx, config=config, mesh=mesh),
         donate_argnums=0,
-        in_shardings=(replicated(mesh), split_batch(mesh)),
+        in_shardings=(replicated(mesh), split_images(mesh)),
         out_shardings=(replicated(mesh), replicated(mesh)),
     )
 
@@ -100,11 +119,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     """
     # ---- Devices
     enable_float64(config)
-    mesh = make_mesh(config.mesh.data, config.batch_size)
+    processes.still_alive(config.hang_seconds)
+    mesh = make_mesh(config.mesh.data, config.batch_size, config.mesh.space)
     report.say(
         f'psp_jax {name}: {mesh.size} {jax.devices()[0].platform} device(s), '
         f'{jax.process_count()} process(es), workdir {workdir}'
     )
+    report.say('\n'.join(processes.table()))
 
     # ---- Data: bad files are found before anything is compiled
     source, eval_source = (make_source(config.data, s) for s in ('train', config.eval.split))
@@ -133,12 +154,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
 
     # ---- A run that was interrupted goes on
     manager = checkpoint.open_manager(workdir, config.checkpoint_keep)
-    first = manager.latest_step() or 0
-    if first:
-        path = checkpoint.directory(workdir)
-        check_resume(checkpoint.read_meta(path, first), config, source, path / str(first))
-        state = checkpoint.restore(path, first, on_devices(jax.eval_shape(make_state), mesh))
-        report.say(f'continuing from step {first} of {path / str(first)}')
+    processes.wait_for(manager.wait_until_finished)
+    first = 0
+    if manager.latest_step():
+        target = on_devices(jax.eval_shape(make_state), mesh)
+        first, state = newest_state(manager, config, source, target)
+        report.say(f'continuing from step {first} of {manager.directory / str(first)}')
     elif manager.latest_step() == 0:
         raise UserError(
             f'--workdir={workdir} holds imported weights: to start from them, set '
@@ -152,7 +173,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
         report.say('init_from: ' + '; '.join(weights.report))
     else:
         state = make_state()
-    if first == config.total_steps:
+    evaluated = not due(first, config) or manager.metrics(first) is not None
+    if first == config.total_steps and evaluated:
         report.say(f'step {first} is the last: the run is finished')
         manager.close()
         return state
@@ -160,7 +182,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     # ---- The loop. Order matters: a step is dispatched before the last one's scalars are read, so
     # that the device never waits for the host; and a state is saved only once its own scalars are
     # known to be finite.
-    writer = report.Writer(workdir, first)
+    writer = report.Writer(workdir, first, evaluated)
     batches = train_batches(
         source,
         config,
@@ -169,12 +191,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
         process_count=jax.process_count(),
     )
     speed, interval = report.Speed(), []
+    skips = report.Skips(workdir, first * config.batch_size)
 
     def batch_of(step: int) -> Any:
         """The batch of a step on the devices; nothing is read after the last step."""
         if step > config.total_steps:
             return None
         host = next(batches)
+        for position, text in host['skipped']:
+            skips.add(position, text)
         return put_batch({name: host[name] for name in ('image', 'label')}, mesh)
 
     def read(step: int, scalars: dict[str, jax.Array]) -> None:
@@ -197,7 +222,25 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
         writer.scalars(step, means)
         report.say(report.step_line(step, config.total_steps, means))
 
+    def keep(step: int, state: TrainState) -> None:
+        meta = {'config': to_json(config), 'examples': source.length, 'versions': versions()}
+        checkpoint.save(manager, step, state, meta)
+
+    def score(step: int, state: TrainState) -> None:
+        """Evaluates a step that is saved, or about to be: nothing is lost where this ends."""
+        with processes.leaving_is_safe():
+            variables = {'params': state.params, 'batch_stats': state.batch_stats}
+            result = evaluator.evaluate(variables, step)
+            report_evaluation(result, workdir, writer, config)
+            checkpoint.add_metrics(manager, step, result.scores, config.checkpoint_keep)
+        speed.reset()
+
+    stopped = False
     try:
+        if not evaluated:
+            score(first, state)
+        if first == config.total_steps:
+            return state
         unread = None
         batch = batch_of(first + 1)
         start = time.perf_counter()
@@ -205,6 +248,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
         report.say(f'compiled in {report.duration(time.perf_counter() - start)}')
         speed.reset()
         for step in range(first + 1, config.total_steps + 1):
+            stopped = processes.stops_before(step)
+            if stopped:
+                if unread:
+                    read(*unread)
+                    keep(step - 1, state)
+                break
             state, scalars = step_fn(state, batch)
             start = time.perf_counter()
             batch = batch_of(step + 1)
@@ -213,30 +262,52 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
             if unread:
                 read(*unread)
             unread = step, scalars
+            processes.still_alive(config.hang_seconds)
 
-            evaluated = step % config.eval_every == 0 or step == config.total_steps
-            if not evaluated and step % config.checkpoint_every:
-                continue
-            read(*unread)
-            unread, result = None, None
-            if evaluated:
-                variables = {'params': state.params, 'batch_stats': state.batch_stats}
-                result = evaluator.evaluate(variables, step)
-                report_evaluation(result, workdir, writer, config)
-            meta = {
-                'config': to_json(config),
-                'examples': source.length,
-                'versions': versions(),
-            }
-            checkpoint.save(manager, step, state, meta, result and result.scores)
-            speed.reset()
+            if due(step, config) or step % config.checkpoint_every == 0:
+                read(*unread)
+                unread = None
+                keep(step, state)
+                speed.reset()
+            if due(step, config):
+                score(step, state)
     finally:
         try:
             manager.wait_until_finished()  # raises what went wrong in the last save
         finally:
             manager.close()
             writer.close()
+    if stopped:
+        processes.leave()
     return state
+
+
+def due(step: int, config: ConfigDict) -> bool:
+    """Whether a step is evaluated."""
+    return step > 0 and (step % config.eval_every == 0 or step == config.total_steps)
+
+
+def newest_state(
+    manager: Any, config: ConfigDict, source: Source, target: Any
+) -> tuple[int, TrainState]:
+    """Step and state of the newest checkpoint that can be read; damaged ones are set aside.
+
+    Raises UserError where it is of another run, or none can be read.
+    """
+    damaged: dict[int, checkpoint.Unreadable] = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        path = manager.directory / str(step)
+        try:
+            check_resume(checkpoint.read_meta(manager.directory, step), config, source, path)
+            state = checkpoint.restore(manager.directory, step, target)
+        except checkpoint.Unreadable as error:
+            damaged[step] = error
+            continue
+        for other, why in damaged.items():
+            checkpoint.set_aside(manager, other)
+            report.say(f'skipped, and renamed to {other}.damaged: {why}')
+        return step, state
+    raise next(iter(damaged.values()))
 
 
 def check_resume(meta: dict[str, Any], config: ConfigDict, source: Source, where: Any) -> None:

@@ -37,8 +37,9 @@ def save(workdir, metrics, keep=2):
     """Saves a checkpoint at each step of `metrics` ({step: mIoU or None})."""
     manager = checkpoint.open_manager(str(workdir), keep)
     for step, score in metrics.items():
-        scores = None if score is None else {'mIoU': score}
-        checkpoint.save(manager, step, a_state(step), META, scores)
+        checkpoint.save(manager, step, a_state(step), META)
+        if score is not None:
+            checkpoint.add_metrics(manager, step, {'mIoU': score}, keep)
     manager.wait_until_finished()
     manager.close()
     return checkpoint.directory(str(workdir))
@@ -104,7 +105,7 @@ if old:
         np.testing.assert_array_equal(value, expected)
 else:
     manager = checkpoint.open_manager(workdir, 9)
-    checkpoint.save(manager, new, state, META, None)
+    checkpoint.save(manager, new, state, META)
     manager.wait_until_finished()
     manager.close()
 """

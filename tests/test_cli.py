@@ -369,20 +369,27 @@ def test_evaluation_without_a_run_is_refused(tmp_path, capsys):
     assert f'{tmp_path}/checkpoints: holds no checkpoint' in error
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used_without_it(
-    copy_of_run, small_config, python, capsys
+def test_a_damaged_checkpoint_is_named_and_training_goes_on_from_the_one_before(
+    copy_of_run, trained, small_config, python
 ):
     words = ['--config', small_config, '--workdir', copy_of_run]
     shutil.rmtree(copy_of_run / 'checkpoints' / '10' / 'state' / 'd')
     # in a process of its own too, since what orbax left waiting speaks up when a process ends
     process = python('-m', 'psp_jax.main', *words, '--mode', 'eval')
     assert process.returncode == 2 and 'never retrieved' not in process.stderr
-    for error in (process.stderr.splitlines()[0], error_of(capsys, *words)):
-        assert f'{copy_of_run}/checkpoints/10: cannot be read' in error, process.stderr
-        assert 'remove this folder' in error and len(error) < 800
-    shutil.rmtree(copy_of_run / 'checkpoints' / '10')
-    assert main(['--mode', 'eval', '--workdir', str(copy_of_run)]) == 0
-    assert 'checkpoints/5 on 3 images' in capsys.readouterr().out
+    # what orbax left waiting may speak up in between
+    error = next(line for line in process.stderr.splitlines() if line.startswith('psp_jax: error'))
+    assert f'{copy_of_run}/checkpoints/10: cannot be read' in error, process.stderr
+    assert 'remove this folder' in error and len(error) < 800
+    process = python('-m', 'psp_jax.main', *words)
+    assert process.returncode == 0, process.stderr
+    skipped = f'skipped, and renamed to 10.damaged: {copy_of_run}/checkpoints/10: cannot be read'
+    assert skipped in process.stdout and 'continuing from step 5 of' in process.stdout
+    names = sorted(path.name for path in (copy_of_run / 'checkpoints').iterdir())
+    assert names == ['10', '10.damaged', '5']
+    made, first = (values_of(path / 'checkpoints/10') for path in (copy_of_run, trained.workdir))
+    for value, expected in zip(made, first, strict=True):
+        np.testing.assert_array_equal(value, expected)
 
 
 # ---- what goes wrong in mid-run
@@ -417,6 +424,15 @@ def test_a_truncated_jpeg_in_mid_run_is_named_and_the_run_can_go_on(
     assert process.stderr.count('\n') == 1
     assert 'step  1/10' in process.stdout
     assert [path.name for path in (workdir / 'checkpoints').iterdir()] == ['1']
+
+    # The same command goes on without it.
+    words = ['--config', small_config, '--workdir', workdir, f'--config.data.root={spoilt}']
+    process = python('-m', 'psp_jax.main', *words, '--config.data.on_error=skip')
+    assert process.returncode == 0 and 'continuing from step 1' in process.stdout
+    start = f'skipped, the 1. of this run: {spoilt}/bad.jpg cannot be decoded (image file is trunc'
+    assert process.stderr.startswith(start) and process.stderr.count('\n') == 1
+    (line,) = (workdir / 'skipped.jsonl').read_text().splitlines()
+    assert json.loads(line)['position'] in (4, 5) and 'bad.jpg' in json.loads(line)['error']
 
 
 def values_of(checkpoint):

@@ -21,7 +21,7 @@ from psp_jax.errors import UserError
 
 def config_of(**changes):
     data = {'crop': (17, 9), 'mean': (123.675, 116.28, 103.53), 'scale': (0.5, 2.0)}
-    data.update({'rotate': 10.0, 'blur': 0.5, 'mirror': 0.5, 'threads': 2})
+    data.update({'rotate': 10.0, 'blur': 0.5, 'mirror': 0.5, 'threads': 2, 'on_error': 'stop'})
     data.update(changes.pop('data', {}))
     return ConfigDict({'seed': 0, 'batch_size': 4, 'data': data, **changes})
 
@@ -46,6 +46,13 @@ def numbered_source(length):
 PLAIN = {'scale': (1.0, 1.0), 'rotate': 0.0, 'blur': 0.0, 'mirror': 0.0}
 
 
+def joined(low, high):
+    """The parts of a batch that two processes have, as one."""
+    keys = low.keys() - {'skipped'}
+    whole = {key: np.concatenate([low[key], high[key]]) for key in keys}
+    return {**whole, 'skipped': low['skipped'] + high['skipped']}
+
+
 def batches(source, config, steps, start_step=0, process_index=0, process_count=1):
     place = {'process_index': process_index, 'process_count': process_count}
     stream = train_batches(source, config, start_step=start_step, **place)
@@ -58,8 +65,9 @@ def assert_equal(got, want):
     assert len(got) == len(want)
     for one, other in zip(got, want, strict=True):
         assert one.keys() == other.keys()
-        for key in one:
+        for key in one.keys() - {'skipped'}:
             np.testing.assert_array_equal(one[key], other[key], err_msg=key)
+        assert one['skipped'] == other['skipped']
 
 
 # ---- the order
@@ -105,12 +113,8 @@ def test_one_process_sees_what_two_see_together():
     source, config = noise_source(), config_of()
     whole = batches(source, config, steps=6)
     halves = [batches(source, config, 6, process_index=h, process_count=2) for h in range(2)]
-    joined = [
-        {key: np.concatenate([low[key], high[key]]) for key in low}
-        for low, high in zip(*halves, strict=True)
-    ]
     assert halves[0][0]['image'].shape == (2, 17, 9, 3)
-    assert_equal(joined, whole)
+    assert_equal([joined(*parts) for parts in zip(*halves, strict=True)], whole)
 
 
 @pytest.mark.parametrize('threads', [1, 3])
@@ -183,6 +187,43 @@ def test_a_truncated_jpeg_in_the_stream_is_named(tmp_path):
         next(stream)
     assert str(caught.value).startswith(f'{bad} cannot be decoded')
     assert '\n' not in str(caught.value)
+
+
+def spoilt(source, bad):
+    def read(index):
+        if index in bad:
+            raise UserError(f'picture {index} cannot be decoded')
+        return source.read(index)
+
+    return source._replace(read=read)
+
+
+def test_a_bad_example_is_skipped_deterministically_and_told():
+    """The next picture of the source takes its place, with the random choices of the position."""
+    source, bad = numbered_source(9), {3, 4, 8}
+    config = config_of(batch_size=3, data={**PLAIN, 'on_error': 'skip'})
+    got = batches(spoilt(source, bad), config, steps=6)
+    order = example_index(np.arange(18), 9, seed=0).tolist()
+    after = {3: 5, 4: 5, 8: 0}
+    shown = [int(label[0, 0]) for batch in got for label in batch['label']]
+    assert shown == [after.get(index, index) for index in order]
+    told = [pair for batch in got for pair in batch['skipped']]
+    assert [position for position, _ in told] == [p for p in range(18) if order[p] in bad]
+    assert all(text == f'picture {order[p]} cannot be decoded' for p, text in told)
+    # From any step and in any share the same.
+    assert_equal(batches(spoilt(source, bad), config, steps=2, start_step=4), got[4:])
+    halves = [
+        batches(spoilt(source, bad), config_of(batch_size=6, data=dict(config.data)), 3, 0, h, 2)
+        for h in (0, 1)
+    ]
+    both = [part for pair in zip(*halves, strict=True) for part in pair]
+    assert_equal(both, got)
+
+
+def test_where_every_example_is_bad_skipping_ends_too():
+    config = config_of(data={**PLAIN, 'on_error': 'skip'})
+    with pytest.raises(UserError, match='picture . cannot be decoded'):
+        batches(spoilt(numbered_source(5), set(range(5))), config, steps=1)
 
 
 def test_a_bug_in_reading_is_not_taken_for_bad_data():

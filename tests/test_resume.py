@@ -50,10 +50,13 @@ def batches_in(log):
 
 
 def arrays_in(checkpoint):
-    """Every array of a checkpoint by its name, read by orbax alone."""
+    """Every array of a checkpoint by its name, read by orbax alone, whatever devices wrote it."""
     with ocp.PyTreeCheckpointer() as checkpointer:
-        flat, _ = jax.tree_util.tree_flatten_with_path(checkpointer.restore(checkpoint / 'state'))
-    return {jax.tree_util.keystr(path): np.asarray(value) for path, value in flat}
+        saved = checkpointer.metadata(checkpoint / 'state').item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        tree = checkpointer.restore(checkpoint / 'state', restore_args=as_numpy)
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): value for path, value in flat}
 
 
 def names_in(folder):

@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -32,6 +32,8 @@ for _kind in ('GPU', 'TPU'):
         tf.config.set_visible_devices([], _kind)
 
 _PREFETCH = 2  # batches ready ahead of the training step
+_TRIES = 8  # examples that may be bad in a row where they are skipped
+_BAD = b'\0'  # before the message of an example that has nothing in its place
 
 
 def example_index(positions: np.ndarray, length: int, seed: int) -> np.ndarray:
@@ -57,12 +59,14 @@ def train_batches(
     start_step: int,
     process_index: int,
     process_count: int,
-) -> Generator[dict[str, np.ndarray], None, None]:
+) -> Generator[dict[str, Any], None, None]:
     """Returns this process's part of the training batches from `start_step` on, without end.
 
     Of each global batch of config.batch_size (B) examples, process h of P gets the rows
     [h * B/P : (h + 1) * B/P]. A batch holds, with n = B/P: 'image' uint8 [n, height, width, 3] RGB,
-    'label' uint8 [n, height, width] (255 = ignore), 'position' int64 [n] (the example numbers).
+    'label' uint8 [n, height, width] (255 = ignore), 'position' int64 [n] (the example numbers),
+    'skipped' [(position, message), ...]: where data.on_error is 'skip', examples that could not be
+    read, in whose place the next one of the source is that can be.
     Raises UserError at once where B does not divide, and from `next` where an example is bad.
     """
     data, seed = config.data, config.seed
@@ -75,12 +79,16 @@ def train_batches(
     crop = (data.crop, data.crop) if isinstance(data.crop, int) else tuple(data.crop)
 
     def load(position: np.int64, index: np.int64) -> tuple[np.ndarray, np.ndarray, bytes]:
-        rng = np.random.Generator(np.random.Philox(key=_key(seed, int(position))))
-        try:
-            return (*augment(*source.read(int(index)), rng, data), b'')
-        except UserError as error:
-            # TensorFlow would wrap the exception: its text travels with the batch instead.
-            return np.zeros((*crop, 3), np.uint8), np.zeros(crop, np.uint8), str(error).encode()
+        # TensorFlow would wrap an exception: its text travels with the batch instead.
+        first = b''
+        for other in range(_TRIES if data.on_error == 'skip' else 1):
+            rng = np.random.Generator(np.random.Philox(key=_key(seed, int(position))))
+            try:
+                decoded = source.read((int(index) + other) % source.length)
+                return (*augment(*decoded, rng, data), first)
+            except UserError as error:
+                first = first or str(error).encode()
+        return np.zeros((*crop, 3), np.uint8), np.zeros(crop, np.uint8), _BAD + first
 
     def example(n: tf.Tensor) -> dict[str, tf.Tensor]:
         position = n // rows * config.batch_size + process_index * rows + n % rows
@@ -154,9 +162,11 @@ def _key(seed: int, position: int) -> np.ndarray:
     return np.array([seed & 0xFFFFFFFFFFFFFFFF, position], np.uint64)
 
 
-def _checked(batches: tf.data.Dataset) -> Generator[dict[str, np.ndarray], None, None]:
+def _checked(batches: tf.data.Dataset) -> Generator[dict[str, Any], None, None]:
     for batch in batches.as_numpy_iterator():
-        for error in batch.pop('error'):
-            if error:
-                raise UserError(error.decode())
-        yield batch
+        errors = batch.pop('error')
+        for error in errors:
+            if error.startswith(_BAD):
+                raise UserError(error.removeprefix(_BAD).decode())
+        skipped = zip(batch['position'].tolist(), errors, strict=True)
+        yield {**batch, 'skipped': [(p, error.decode()) for p, error in skipped if error]}

@@ -39,8 +39,7 @@ def kernel_gradient_by_shifts(
     size = kernel.shape[0]
     pad = dilation * (size - 1) // 2
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    batch, height, width, channels = dy.shape
-    dy = dy.reshape(-1, channels)
+    batch, height, width, _ = dy.shape
 
     def position(i: int, j: int) -> jax.Array:
         top, left = i * dilation, j * dilation
@@ -48,11 +47,12 @@ def kernel_gradient_by_shifts(
         window = lax.slice(
             x, (0, top, left, 0), (batch, bottom, right, x.shape[3]), (1, stride, stride, 1)
         )
-        window = window.reshape(-1, x.shape[3])
-        return lax.dot_general(window, dy, (((0,), (0,)), ((), ())))
+        # Over three axes as they are: made one, they could not stay split over devices in height.
+        # The compiler transposes the first argument: `dy`, which is the same for all positions.
+        return lax.dot_general(dy, window, (((0, 1, 2), (0, 1, 2)), ((), ())))
 
     gradient = jnp.stack([position(i, j) for i in range(size) for j in range(size)])
-    return gradient.reshape(kernel.shape)
+    return gradient.swapaxes(1, 2).reshape(kernel.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -1,0 +1,156 @@
+"""Fills the tables of docs/scale.md: what each recipe needs on machines that are not there.
+
+    python -m benchmarks.scale [--only PATTERN] [--tables] [--docs docs/scale.md]
+
+Each row is one `--mode dry_run --topology ...` in a process of its own, whose JSON stays in the
+folder --results: a row that is there is not made again, so this can be stopped and started. A row
+with a TPU takes minutes. Then, or at once with --tables, it prints the tables; rows that are not
+there say so. --only takes the rows whose name has PATTERN in it. --docs puts the tables into a
+Markdown file, below the headings that it has for them. Needs requirements-topology.txt.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from psp_jax.topology import GIB
+
+BF16 = '--config.dtype=bfloat16'
+
+
+class Row(NamedTuple):
+    """A dry run: of a data set's recipe at a depth, for a topology."""
+
+    data: str
+    depth: int
+    topology: str
+    overrides: tuple[str, ...] = (BF16,)
+
+    @property
+    def name(self) -> str:
+        words = [f'{self.data}{self.depth}', self.topology.replace(':', '-')]
+        words += [word.removeprefix('--config.').replace('=', '') for word in self.overrides]
+        return '_'.join(words)
+
+
+SPACE2 = '--config.mesh.space=2'
+ADE = tuple(Row('ade20k', 50, t) for t in ('v5e:2x4', 'v4:2x2x2', 'v5p:2x2x2', 'v6e:2x4', 'h100:8'))
+PAIRS = (
+    ('voc2012', 50),
+    ('cityscapes', 50),
+    ('ade20k', 101),
+    ('voc2012', 101),
+    ('cityscapes', 101),
+)
+OTHERS = tuple(Row(*pair, t) for pair in PAIRS for t in ('v5e:2x4', 'h100:8'))
+# The recipes as they stand, in float32, then in bfloat16; a v5e slice has 1, 4, 8, ... chips.
+SMALLEST = (
+    *(Row('ade20k', 50, t, ()) for t in ('v5e:2x2', 'v5e:1x1', 'h100:1')),
+    *(Row('voc2012', 50, t, ()) for t in ('v5e:2x2', 'v5e:1x1', 'h100:1')),
+    *(Row('cityscapes', 50, t, ()) for t in ('v5e:2x4', 'v5e:2x2', 'h100:1')),
+    *(Row(data, 50, 'v5e:1x1') for data in ('ade20k', 'voc2012')),
+    *(Row('cityscapes', 50, t) for t in ('v5e:2x2', 'v5e:1x1')),
+    Row('cityscapes', 101, 'v5e:4x8', (BF16, SPACE2)),
+)
+TABLES = {
+    'ADE20K, PSPNet-50': ADE,
+    'The other data sets and depths': OTHERS,
+    'The smallest slices': SMALLEST,
+}
+# The order in which rows are made: quick ones first, then depth 50.
+ORDER = sorted(
+    (*ADE, *SMALLEST, *OTHERS), key=lambda row: (row.topology.startswith('v'), row.depth)
+)
+COLUMNS = (
+    *('data set', 'depth', 'machine', 'dtype', 'images a device', 'GFLOPs an image'),
+    *('GiB a device', 'fits', 'all-reduce a step', 'ms a step', 'images/s', 'of peak'),
+    *('evaluation: GiB a device', 'images/s', 'compiled in'),
+)
+
+
+def make(row: Row, path: Path) -> None:
+    """Runs the command of a row; its output goes to this one's."""
+    words = ['--mode', 'dry_run', '--config', f'configs/{row.data}.py:depth={row.depth}']
+    words += ['--topology', row.topology, '--output', str(path), *row.overrides]
+    print(f'\n{row.name}: python -m psp_jax.main {" ".join(words)}', flush=True)
+    subprocess.run([sys.executable, '-m', 'psp_jax.main', *words], check=False)
+
+
+def cells(row: Row, found: dict[str, Any] | None) -> list[str]:
+    """The cells of a row; of one that was not made, that."""
+    if found is None:
+        start = [row.data, str(row.depth), f'`{row.topology}`', 'not run']
+        return start + [''] * (len(COLUMNS) - len(start))
+    train, evaluation, grid = found['train'], found['evaluate'], found['mesh']
+    each = found['batch_size'] / grid['data'] / grid['space']
+    exchanged = train['collectives'].get('all-reduce')
+    times = [p.get('estimate') for p in (train, evaluation)]
+    space = f', space {grid["space"]}' if grid['space'] > 1 else ''
+
+    def gib(program: dict[str, Any]) -> str:
+        total = program['bytes']['total']
+        return '?' if total is None else f'{total / GIB:.2f}'
+
+    return [
+        row.data,
+        str(row.depth),
+        f'`{row.topology}`{space}',
+        found['dtype'],
+        f'{each:g}',
+        f'{train["flops_per_image"] / 1e9:.0f}',
+        f'{gib(train)} of {found["memory"] / GIB:.2f}',
+        'yes' if found['fits'] else '**no**',
+        f'{exchanged["count"]} x, {exchanged["bytes"] / 2**20:.0f} MiB' if exchanged else '-',
+        f'{1e3 * times[0]["seconds"]:.0f}' if times[0] else '-',
+        f'{times[0]["images_per_second"]:.0f}' if times[0] else '-',
+        f'{times[0]["share_of_peak"]:.0%}' if times[0] else '-',
+        gib(evaluation),
+        f'{times[1]["images_per_second"]:.0f}' if times[1] else '-',
+        f'{train["compile_seconds"] + evaluation["compile_seconds"]:.0f} s',
+    ]
+
+
+def table(rows: tuple[Row, ...], results: Path) -> str:
+    """A Markdown table of what the folder has of the rows."""
+    lines = [f'| {" | ".join(COLUMNS)} |', '|' + '---|' * len(COLUMNS)]
+    for row in rows:
+        path = results / f'{row.name}.json'
+        found = json.loads(path.read_text()) if path.exists() else None
+        lines.append(f'| {" | ".join(cells(row, found))} |')
+    return '\n'.join(lines)
+
+
+def with_tables(text: str, results: Path) -> str:
+    """Markdown with each table below its heading as it is now."""
+    for title, rows in TABLES.items():
+        heading = f'(?m)^(### {re.escape(title)}\n\n)(?:\\|.*\n)*\n*'
+        made = table(rows, results)
+        text, found = re.subn(heading, lambda match: f'{match[1]}{made}\n\n', text)  # noqa: B023
+        assert found == 1, f'there must be one heading {title!r}'
+    return text.rstrip() + '\n'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--results', type=Path, default=Path('benchmarks/results/scale'))
+    parser.add_argument('--only', default='', help='rows whose name has this in it')
+    parser.add_argument('--tables', action='store_true', help='make no rows')
+    parser.add_argument('--docs', type=Path, help='a Markdown file that the tables go into')
+    flags = parser.parse_args()
+    flags.results.mkdir(parents=True, exist_ok=True)
+    for row in ORDER:
+        path = flags.results / f'{row.name}.json'
+        if flags.only in row.name and not path.exists() and not flags.tables:
+            make(row, path)
+    for title, rows in TABLES.items():
+        print(f'\n### {title}\n\n{table(rows, flags.results)}')
+    if flags.docs:
+        flags.docs.write_text(with_tables(flags.docs.read_text(), flags.results))
+
+
+if __name__ == '__main__':
+    main()

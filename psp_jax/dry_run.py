@@ -1,0 +1,409 @@
+"""Does a configuration fit a machine, and how fast might it be? Compiled from shapes, never run.
+
+The programs are those that training and evaluation run themselves. They are compiled for the
+devices of this machine, or for a topology that nobody has rented yet; no array is made and no
+checkpoint is touched.
+"""
+
+import importlib.metadata
+import json
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from psp_jax import costs, inference, mesh, optimizer, protocols, report, topology, train
+from psp_jax.command_line import whole_file
+from psp_jax.data.labels import label_space
+from psp_jax.data.pipeline import train_batches
+from psp_jax.data.sources import make_source
+from psp_jax.errors import UserError
+from psp_jax.model import pspnet
+from psp_jax.protocols import Size
+from psp_jax.state import TrainState, create_state, enable_float64, init_variables
+from psp_jax.topology import GIB, Machine
+
+UNITS = {'K': 2**10, 'M': 2**20, 'G': GIB, 'T': 2**40}
+
+
+class Run(NamedTuple):
+    """What is looked at: a configuration on a machine."""
+
+    config: ConfigDict
+    machine: Machine
+    mesh: jax.sharding.Mesh  # of training
+    model: pspnet.PSPNet
+    tx: optax.GradientTransformation
+    state: TrainState  # as shapes
+
+
+def dry_run(config: ConfigDict, name: str, where: str | None, output: str | None) -> None:
+    """Prints the report on `config`, compiled for the topology `where` (None: this machine).
+
+    With `output` the same figures are written there as JSON. A program that does not fit is a
+    result, not an error. Raises UserError for a topology that is not known or whose compiler is
+    not installed, and a batch that does not divide over its devices.
+    """
+    machine = topology.machine(where)
+    enable_float64(config)
+    run = plan(config, machine)
+    result = describe(run, name, where)
+    report.say(heading(result))
+    result['data'] = read_batch(config)
+    report.say(data_line(result['data']))
+    result['train'] = train_report(run)
+    result['evaluate'] = evaluate_report(run)
+    result['fits'] = result['train']['fits'] and result['evaluate']['fits']
+    report.say(table(result))
+    if output:
+        with whole_file(output) as unfinished, open(unfinished, 'w') as file:
+            file.write(json.dumps(result, indent=1) + '\n')
+        report.say(f'written to {output}')
+
+
+# ---- Figures
+
+
+def plan(config: ConfigDict, machine: Machine) -> Run:
+    """The network, optimizer and state of `config`, without any array.
+
+    Raises UserError for a batch that does not divide over the devices.
+    """
+    devices = list(machine.devices)
+    grid = mesh.make_mesh(config.mesh.data, config.batch_size, config.mesh.space, devices)
+    model = pspnet.build(config)
+    params = jax.eval_shape(lambda: init_variables(model, config.seed))['params']
+    tx = optimizer.make_optimizer(params, config.optimizer)
+    state = jax.eval_shape(lambda: create_state(model, tx, config.seed))
+    return Run(config, machine, grid, model, tx, state)
+
+
+def describe(run: Run, name: str, where: str | None) -> dict[str, Any]:
+    """What is compiled, and for what."""
+    config, machine, devices = run.config, run.machine, run.machine.devices
+    installed = {d.metadata['Name'].lower(): d.version for d in importlib.metadata.distributions()}
+    libraries = ('jax', 'jaxlib', 'libtpu', 'jax-cuda13-plugin')
+    return {
+        'name': name,
+        'topology': where,
+        'devices': len(devices),
+        'device_kind': devices[0].device_kind,
+        'processes': len({device.process_index for device in devices}),
+        'mesh': dict(run.mesh.shape),
+        'memory': round(machine.memory),
+        'peak': machine.peak,
+        'clock': machine.clock,
+        'remark': machine.remark,
+        'depth': config.model.depth,
+        'classes': len(label_space(config.data.classes).names),
+        'dtype': config.dtype,
+        'batch_size': config.batch_size,
+        'crop': list(protocols.crop_size(config)),
+        'parameters': sum(x.size for x in jax.tree.leaves(run.state.params)),
+        'versions': {lib: installed[lib] for lib in libraries if lib in installed},
+    }
+
+
+def train_report(run: Run) -> dict[str, Any]:
+    """The training step's figures: see `examine`."""
+    config, grid = run.config, run.mesh
+    state = mesh.on_devices(run.state, grid)
+    height, width = protocols.crop_size(config)
+    place = mesh.split_images(grid)
+    size = config.batch_size, mesh.padded_height(height, grid), width
+    batch = {
+        'image': jax.ShapeDtypeStruct((*size, 3), jnp.uint8, sharding=place),
+        'label': jax.ShapeDtypeStruct(size, jnp.uint8, sharding=place),
+    }
+    step = train.compile_step(grid, run.model, run.tx, config)
+    parts = {
+        'parameters': bytes_on_device(state.params),
+        'optimizer': bytes_on_device(state.opt_state),
+        'batch_statistics': bytes_on_device(state.batch_stats),
+        'batch': bytes_on_device(batch),
+    }
+    # while a step runs the batch of the next one is put beside it
+    extra = {'next_batch': parts['batch']}
+    found = examine(step.trace(state, batch), run.machine, parts, extra)
+    return found | speed(found, config.batch_size, grid.size, run.machine)
+
+
+def evaluate_report(run: Run) -> dict[str, Any]:
+    """The figures of the network in evaluation: see `examine`.
+
+    Of the programs that images of many sizes need it is the one with the largest input.
+    """
+    config, machine, model, state = run.config, run.machine, run.model, run.state
+    host = topology.of_one_host(machine.devices)
+    if config.mesh.data > 0:
+        host = host[: config.mesh.data * config.mesh.space]
+    local = mesh.make_mesh(-1, len(host), devices=host)
+    programs = inference.make_programs(config, model, local)
+    size, reason = image_size(config)
+    views = protocols.views(size, config)
+    shapes = {protocols.window_shape(view, config) for view in views}
+    windows = [len(view.rows.starts) * len(view.columns.starts) for view in views]
+    variables = mesh.on_devices({'params': state.params, 'batch_stats': state.batch_stats}, local)
+
+    def traced(shape: Size) -> Any:
+        arguments = programs.arguments(shape, sum(windows))
+        return programs.network.trace(variables, *arguments)
+
+    largest = max(shapes, key=math.prod)
+    inputs = programs.arguments(largest, sum(windows))
+    calls = math.prod(inputs[1].shape[:-1])  # images, or windows, of one call
+    cells = [math.prod(protocols.canvas_size(view, config)) for view in views]
+    scores = model.classes * jnp.dtype(model.param_dtype).itemsize  # bytes of a cell
+    if config.eval.protocol in protocols.SLIDING:
+        canvases = min(scores * sum(cells), protocols.CANVAS_BYTES)
+    else:  # the scores of one view are the program's output, those of the others wait
+        canvases = scores * (sum(cells) - max(cells)) * calls // len(host)
+    parts = {
+        'parameters': bytes_on_device(variables['params']),
+        'batch_statistics': bytes_on_device(variables['batch_stats']),
+        'batch': bytes_on_device(inputs),
+    }
+    # in a training run the optimizer's state stays where it is
+    extra = {
+        'canvases': canvases,
+        'optimizer': bytes_on_device(mesh.on_devices(state.opt_state, local)),
+    }
+    found = examine(traced(largest), machine, parts, extra)
+    each = {shape: costs.flops(traced(shape).jaxpr.jaxpr) / calls for shape in shapes}
+    image = sum(
+        count * each[protocols.window_shape(view, config)]
+        for count, view in zip(windows, views, strict=True)
+    )
+    images = found['flops'] / image  # that one call is worth
+    hosts = len({device.process_index for device in machine.devices})
+    facts = {
+        'protocol': config.eval.protocol,
+        'image': list(size),
+        'image_is': reason,
+        'input': list(inputs[0].shape),
+        'windows': sum(windows),
+    }
+    timed = speed(
+        found | {'flops': hosts * found['flops']}, hosts * images, hosts * local.size, machine
+    )
+    return facts | found | timed | {'flops_per_image': round(image)}
+
+
+def image_size(config: ConfigDict) -> tuple[Size, str]:
+    """The size of image that evaluation is looked at with, and why it is this one."""
+    if config.data.classes == 'cityscapes':
+        return (1024, 2048), "the size of Cityscapes' images"
+    side = config.eval.base_size
+    if side:
+        return (side, side), 'a square of eval.base_size: the largest input it leads to'
+    return protocols.crop_size(config), 'the training crop, since eval.base_size is 0'
+
+
+def bytes_on_device(tree: Any) -> int:
+    """Of a tree of arrays-to-be with shardings, without the padding that a device may add."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def examine(
+    traced: Any, machine: Machine, parts: dict[str, int], extra: dict[str, int]
+) -> dict[str, Any]:
+    """Compiles a traced program and reads off what it takes.
+
+    parts: bytes of its arguments on a device by what they are; extra: of what lies on the device
+    besides. Gives FLOPs (of the whole program), bytes a device, collectives, cycles, seconds of
+    compilation, and whether it fits; where the compiler finds that it does not, `needs` and its
+    `message` are all there is.
+    """
+    result: dict[str, Any] = {'flops': costs.flops(traced.jaxpr.jaxpr)}
+    start = time.perf_counter()
+    try:
+        compiled = traced.lower().compile(compiler_options=machine.options)
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        message = str(error).partition('\n')[0]
+        return result | {
+            'compile_seconds': time.perf_counter() - start,
+            'bytes': {**parts, **extra, 'total': needed(str(error))},
+            'fits': False,
+            'message': message,
+            'collectives': {},
+            'cycles': None,
+        }
+    result['compile_seconds'] = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    parts = {
+        **parts,
+        # arrays of a TPU are padded to tiles; arguments that nothing uses are not among them
+        'padding': max(memory.argument_size_in_bytes - sum(parts.values()), 0),
+        'activations': memory.temp_size_in_bytes,
+        'outputs': memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        'program': memory.generated_code_size_in_bytes,
+        **extra,
+    }
+    total = sum(parts.values())
+    cost = costs.cost(compiled.as_text())
+    return result | {
+        'bytes': {**parts, 'total': total},
+        'fits': total <= machine.memory,
+        'collectives': {
+            kind: {'count': found.calls, 'bytes': found.bytes}
+            for kind, found in cost.collectives.items()
+        },
+        'cycles': cost.cycles,
+        'unknown_loops': cost.unknown_loops,
+    }
+
+
+def needed(message: str) -> int | None:
+    """Bytes that a program asks for, of the compiler's message that it does not get them."""
+    found = re.search(r'Used ([\d.]+)([KMGT])|required [^(]*\(([\d.]+)([KMGT])\)', message)
+    if not found:
+        return None
+    number, unit = [group for group in found.groups() if group]
+    return round(float(number) * UNITS[unit])
+
+
+def speed(found: dict[str, Any], images: float, devices: int, machine: Machine) -> dict[str, Any]:
+    """What the compiler's cycles of a program amount to that works on so many images at a time."""
+    result: dict[str, Any] = {'flops_per_image': round(found['flops'] / images)}
+    if found['cycles'] and machine.clock and machine.peak:
+        seconds = found['cycles'] / machine.clock
+        result['estimate'] = {
+            'seconds': seconds,
+            'images_per_second': images / seconds,
+            'share_of_peak': found['flops'] / devices / seconds / machine.peak,
+        }
+    return result
+
+
+def read_batch(config: ConfigDict) -> dict[str, Any]:
+    """Reads the first training batch, as a run would; where it cannot, says why."""
+    start = time.perf_counter()
+    try:
+        source = make_source(config.data, 'train')
+        batches = train_batches(source, config, start_step=0, process_index=0, process_count=1)
+        batch = next(batches)
+        batches.close()
+    except UserError as error:
+        return {'read': False, 'reason': str(error)}
+    return {
+        'read': True,
+        'images': source.length,
+        'shape': list(batch['image'].shape),
+        'seconds': time.perf_counter() - start,
+    }
+
+
+# ---- Text
+
+
+def heading(result: dict[str, Any]) -> str:
+    where = f'{result["topology"]}: ' if result['topology'] else ''
+    grid = result['mesh']
+    height, width = result['crop']
+    return (
+        f'dry run of {result["name"]}: PSPNet-{result["depth"]}, {result["classes"]} classes, '
+        f'{result["parameters"]:,} parameters, {result["dtype"]}, batches of '
+        f'{result["batch_size"]} x {height} x {width}\n'
+        f'on {where}{result["devices"]} x {result["device_kind"]}, {result["processes"]} '
+        f'process(es), mesh data {grid["data"]} x space {grid["space"]}; compiling, which may take '
+        'minutes'
+    )
+
+
+def data_line(data: dict[str, Any]) -> str:
+    if not data['read']:
+        return f'data: not there to be tried ({data["reason"]})'
+    shape = ' x '.join(map(str, data['shape']))
+    return (
+        f'data: {data["images"]:,} training images; the first batch, {shape}, read in '
+        f'{data["seconds"]:.1f} s'
+    )
+
+
+def size_text(count: float | None) -> str:
+    """Bytes for people."""
+    if count is None:
+        return '?'
+    for unit in ('B', 'KiB', 'MiB'):
+        if abs(count) < 1024:
+            return f'{count:.0f} B' if unit == 'B' else f'{count:.1f} {unit}'
+        count /= 1024
+    return f'{count:.2f} GiB'
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as lines: training step and evaluation side by side, then the verdict."""
+    programs = [result['train'], result['evaluate']]
+    lines = [('', 'training step', 'evaluation')]
+
+    def row(title: str, cells: Sequence[str]) -> None:
+        first, second = cells
+        lines.append((title, first, second))
+
+    evaluation = result['evaluate']
+    row(
+        'input',
+        [
+            ' x '.join(map(str, [result['batch_size'], *result['crop']])),
+            ' x '.join(map(str, evaluation['input'][:-1])),
+        ],
+    )
+    row('FLOPs an image', [f'{p["flops_per_image"] / 1e9:,.1f} G' for p in programs])
+    lines.append(('bytes of a device', '', ''))
+    parts = dict.fromkeys(name for p in programs for name in p['bytes'] if name != 'total')
+    for name in (*parts, 'total'):
+        cells = [size_text(p['bytes'][name]) if name in p['bytes'] else '-' for p in programs]
+        row(f'  {name.replace("_", " ")}', cells)
+    row('  of', [size_text(result['memory'])] * 2)
+    row('fits', ['yes' if p['fits'] else 'no' for p in programs])
+    kinds = sorted({kind for p in programs for kind in p['collectives']})
+    if kinds:
+        lines.append(('communication of a device', '', ''))
+    for kind in kinds:
+        counts = [p['collectives'].get(kind, {'count': 0, 'bytes': 0}) for p in programs]
+        row(f'  {kind}', [f'{c["count"]} x, {size_text(c["bytes"])}' for c in counts])
+    if any('estimate' in p for p in programs):
+        estimates = [p.get('estimate') for p in programs]
+        lines.append(("by the compiler's estimate", '', ''))
+        row('  cycles', [f'{p["cycles"]:,}' if p['cycles'] else '-' for p in programs])
+        row('  time of a call', [f'{1e3 * e["seconds"]:.1f} ms' if e else '-' for e in estimates])
+        row('  images a second', [f'{e["images_per_second"]:.1f}' if e else '-' for e in estimates])
+        row('  share of the peak', [f'{e["share_of_peak"]:.1%}' if e else '-' for e in estimates])
+    row('compiled in', [report.duration(p['compile_seconds']) for p in programs])
+    text = [f'{title:<28}{first:>22}{second:>22}'.rstrip() for title, first, second in lines]
+    height, width = evaluation['image']
+    text.append(
+        f'evaluation: protocol {evaluation["protocol"]}, an image of {height} x {width} '
+        f'({evaluation["image_is"]})'
+    )
+    if result['remark']:
+        text.append(f'note: {result["remark"]}')
+    if any(p.get('unknown_loops') for p in programs):
+        text.append('note: there are loops of unknown length, counted as if they ran once')
+    text.append(verdict(result))
+    return '\n'.join(text)
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """Whether it fits, in one line."""
+    if result['fits']:
+        return f'fits: every program needs less than {size_text(result["memory"])} a device'
+    parts = []
+    for name, title in (('train', 'the training step'), ('evaluate', 'evaluation')):
+        program = result[name]
+        if not program['fits']:
+            parts.append(
+                f'{title} needs {size_text(program["bytes"]["total"])} of '
+                f'{size_text(result["memory"])} a device'
+            )
+    return f'does not fit: {"; ".join(parts)}'

@@ -1,0 +1,371 @@
+"""This process among those of its run: how they start together, and how they end together.
+
+SIGTERM is what clusters send some seconds before they take a machine away, to one process of a run
+or to all. A thread hears it even while the main thread is compiling. What happens then:
+
+- Where nothing would be lost (at start-up, while compiling, in an evaluation, whose checkpoint is
+  written before it begins) the process leaves at once, as soon as that checkpoint is finished.
+- In training every process goes on to the last step that any of them has begun, for a step takes
+  all of them; `train.py` then saves.
+
+The process that hears it tells the others by JAX's coordination service, of which the first process
+is the server and therefore the last to leave. All exit with PREEMPTED. A second SIGTERM ends a
+process at once. Errors travel the same way: if one process fails, the others do not wait for it.
+
+JAX has a notifier of its own. It needs to be polled with steps that rise by one, hears nothing
+while the main thread is busy, and takes every further SIGTERM; so this handler takes its place.
+"""
+
+import contextlib
+import faulthandler
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from psp_jax.command_line import PREEMPTED, disk_is_full
+from psp_jax.errors import UserError
+
+INITIALIZATION_TIMEOUT = 300  # seconds that processes wait for the last one to start
+HEARTBEAT_TIMEOUT = 100  # seconds after which a process that went silent counts as dead
+_POLL = 0.25  # seconds between looks at what the other processes say
+_PATIENCE = 60  # seconds that processes wait for what others have to say at the end
+_SERVER_STAYS = 0.5  # seconds, for the answers that are under way
+_KEYS = 'psp_jax'  # of the coordination service
+
+
+@dataclass
+class _Run:
+    """What the threads of a process share; `lock` guards said, position and may_leave."""
+
+    client: Any = None  # of JAX's coordination service; None in a run of one process
+    index: int = 0
+    count: int = 1
+    lock: Any = field(default_factory=threading.Lock)
+    said: str = ''  # after SIGTERM: 'leaving', or the last step that this process has begun
+    position: int = 0
+    may_leave: bool = True
+    wait: Callable[[], object] = lambda: None  # returns once all saving is finished
+    decided: threading.Event = field(default_factory=threading.Event)
+    last: int = 0  # the step that all stop after; once `decided` is set
+    over: bool = False
+
+
+_run = _Run()  # signals belong to a process, not to an object
+
+
+# ---- Start
+
+
+def start(address: str | None, count: int | None, index: int | None) -> None:
+    """Joins the other processes of the run, if there are any; before anything else uses JAX.
+
+    Of --coordinator_address, --num_processes and --process_id, or the environment variables
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; without them as JAX finds by
+    itself on Cloud TPUs, Slurm and Open MPI. Raises UserError where they do not fit or do not come.
+    """
+    import jax
+
+    environment = os.environ
+    address = address or environment.get('JAX_COORDINATOR_ADDRESS') or None
+    count = _number(count, 'JAX_NUM_PROCESSES')
+    index = _number(index, 'JAX_PROCESS_ID')
+    if count == 1 and not address:
+        return  # alone, whatever cluster this is
+    asked = address is not None or count is not None or index is not None
+    if asked and (address is None or ':' not in address):
+        raise UserError(
+            f'--coordinator_address={address}: must be HOST:PORT of the first process, the same '
+            'for all; --num_processes 1 alone runs one process'
+        )
+    if count is not None and not 0 <= (index or 0) < count:
+        raise UserError(f'--process_id={index}: must be from 0 to {count - 1}')
+
+    def still_waiting() -> None:
+        print(
+            f'psp_jax: waiting for the other processes ({INITIALIZATION_TIMEOUT} s at most)',
+            file=sys.stderr,
+            flush=True,
+        )
+
+    timer = threading.Timer(15, still_waiting)
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            address,
+            count,
+            index,
+            initialization_timeout=INITIALIZATION_TIMEOUT,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+        )
+    except ValueError as error:  # of what JAX could not find out
+        if not asked:
+            return
+        raise UserError(
+            f'--coordinator_address={address}: also set --num_processes and --process_id ({error})'
+        ) from error
+    except RuntimeError as error:
+        if not asked and 'before any JAX' in str(error):
+            return  # in a Python session that computes already; a cluster starts the command line
+        reason = ' '.join(str(error).split())
+        raise UserError(
+            f'the {count or ""} processes did not come together within {INITIALIZATION_TIMEOUT} s: '
+            f'start all of them, with the same --coordinator_address={address} ({reason})'
+        ) from error
+    finally:
+        timer.cancel()
+    _run.client, _run.index, _run.count = _client(), jax.process_index(), jax.process_count()
+    _handle()  # JAX has just put its own handler there
+
+
+def _number(value: int | None, variable: str) -> int | None:
+    text = os.environ.get(variable, '')
+    if value is not None or not text:
+        return value
+    if not text.isdecimal():
+        raise UserError(f'{variable}={text}: must be a number')
+    return int(text)
+
+
+def _client() -> Any:
+    from jax._src import distributed  # no public way to the key-value store, as orbax's own code
+
+    return distributed.global_state.client
+
+
+def table() -> list[str]:
+    """A line about each process of the run and its devices."""
+    import jax
+
+    local = jax.local_devices()
+    own = f'{socket.gethostname()}, pid {os.getpid()}: {len(local)} x {local[0].device_kind}'
+    if _run.client is None:
+        return [f'process 0 on {own}']
+    _run.client.key_value_set(f'{_KEYS}/host/{_run.index}', own)
+    hosts = [_read('host', i, INITIALIZATION_TIMEOUT) for i in range(_run.count)]
+    return [f'process {i} on {host}' for i, host in enumerate(hosts)]
+
+
+def _read(what: str, index: int, seconds: float) -> str:
+    return _run.client.blocking_key_value_get(f'{_KEYS}/{what}/{index}', int(1000 * seconds))
+
+
+def still_alive(seconds: float) -> None:
+    """Puts off the dump of all threads' stacks on stderr by so many seconds; 0: there is none."""
+    if seconds:
+        faulthandler.dump_traceback_later(seconds, repeat=True, file=2)  # notebooks hide theirs
+    else:
+        faulthandler.cancel_dump_traceback_later()
+
+
+# ---- SIGTERM
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Hears SIGTERM within the block, and what other processes say of it and of errors."""
+    global _run
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python handles signals in the main thread alone
+        return
+    _run = _Run()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    old_handler = signal.getsignal(signal.SIGTERM)
+    # C code writes the number of a signal there, whatever Python is busy with.
+    old_wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    _handle()
+    thread = threading.Thread(target=_listen, args=(_run, reading), name='SIGTERM', daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        with _run.lock:
+            _run.over = True
+            leaving = _run.said == 'leaving'
+        if leaving:
+            _sleep_until_the_end()
+        still_alive(0)
+        signal.set_wakeup_fd(old_wakeup)
+        signal.signal(signal.SIGTERM, old_handler)
+        os.write(writing, b'\0')
+        thread.join()
+        os.close(reading)
+        os.close(writing)
+
+
+def _handle() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.siginterrupt(signal.SIGTERM, False)  # no read or write of any library is cut short
+
+
+def _listen(run: _Run, reading: int) -> None:
+    count, failed = 0, False
+    while not run.over:
+        if select.select([reading], [], [], _POLL)[0]:
+            count += os.read(reading, 64).count(signal.SIGTERM)
+            if count > 1:
+                os._exit(128 + signal.SIGTERM)
+            if count:
+                _notice(run)
+        elif run.client is not None and not failed:
+            try:
+                said = dict(run.client.key_value_dir_get(_KEYS))
+            except Exception:  # the server is gone: JAX ends this process
+                failed = True
+                continue
+            errors = [text for key, text in said.items() if '/failed/' in f'/{key}']
+            if errors:
+                code, _, text = errors[0].partition(' ')
+                print(f'psp_jax: error: {text}', file=sys.stderr, flush=True)
+                _heard(run)
+                os._exit(int(code))
+            if any('/notice/' in f'/{key}' for key in said):
+                _notice(run)
+
+
+def _notice(run: _Run) -> None:
+    """Says, once, where this process is, and has another thread find out what that means."""
+    with run.lock:
+        if run.said or run.over:
+            return
+        run.said = 'leaving' if run.may_leave else str(run.position)
+    threading.Thread(target=_agree, args=(run,), name='agree', daemon=True).start()
+
+
+def _agree(run: _Run) -> None:
+    try:
+        said = [run.said]
+        if run.client is not None:
+            run.client.key_value_set(f'{_KEYS}/notice/{run.index}', run.said)
+            said = [_read('notice', i, _PATIENCE) for i in range(run.count)]
+        if 'leaving' in said:  # a further step would take that process too
+            leave()
+        run.last = max(map(int, said))
+        run.decided.set()
+    except BaseException as error:
+        print(f'psp_jax: error: stopping failed: {error}', file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def leave() -> None:
+    """Ends this process with PREEMPTED once all saving is finished, the first process last."""
+    run = _run
+    try:
+        run.wait()
+    except BaseException as error:
+        reason = ' '.join(str(error).split())
+        print(f'psp_jax: error: the last save failed: {reason}', file=sys.stderr, flush=True)
+        os._exit(1)
+    if run.index == 0:
+        print(
+            'psp_jax: stopped by SIGTERM; the same command goes on from the newest checkpoint',
+            file=sys.stderr,
+            flush=True,
+        )
+    with contextlib.suppress(Exception):  # whoever is gone already has nothing to say
+        if run.client is not None:
+            run.client.key_value_set(f'{_KEYS}/left/{run.index}', '')
+            if run.index == 0:
+                for i in range(run.count):
+                    _read('left', i, _PATIENCE)
+                time.sleep(_SERVER_STAYS)
+    sys.stdout.flush()
+    os._exit(PREEMPTED)
+
+
+def wait_for(saving: Callable[[], object]) -> None:
+    """Has `leave` wait for `saving()` to return."""
+    _run.wait = saving
+
+
+def stops_before(step: int) -> bool:
+    """Whether the run ends before this step, the same answer in all processes; if not, it begins.
+
+    From the first call on SIGTERM no longer ends the process in the middle of its work.
+    """
+    run = _run
+    with run.lock:
+        if not run.said:
+            run.position, run.may_leave = step, False
+            return False
+    run.decided.wait()  # for ever, if the process is about to leave
+    return step > run.last
+
+
+@contextlib.contextmanager
+def leaving_is_safe() -> Iterator[None]:
+    """Within the block SIGTERM ends the process: all it would lose is made again by a restart."""
+    run = _run
+    with run.lock:
+        before, run.may_leave, said = run.may_leave, True, run.said
+    if said:
+        run.decided.wait()
+        leave()
+    yield
+    with run.lock:
+        run.may_leave, said = before, run.said
+    if said:
+        _sleep_until_the_end()
+
+
+@contextlib.contextmanager
+def told_to_all() -> Iterator[None]:
+    """Tells the other processes of an error within the block, so that they end too."""
+    try:
+        yield
+    except Exception as error:
+        run = _run
+        if run.said and (run.said == 'leaving' or not run.decided.wait(_PATIENCE)):
+            _sleep_until_the_end()  # others have left, hence the error
+        if run.client is not None:
+            users = isinstance(error, UserError) or disk_is_full(error)
+            code, text = (2, error) if users else (1, repr(error))
+            text = ' '.join(f'{code} process {run.index}: {text}'.split())
+            with contextlib.suppress(Exception):
+                run.client.key_value_set(f'{_KEYS}/failed/{run.index}', text)
+                _heard(run)
+        raise
+
+
+def ended(run: Callable[[], int]) -> int:
+    """The exit code that `run` returns; ends the process itself after an error among several.
+
+    JAX would wait there for processes that are not going to come.
+    """
+    try:
+        code = run()
+    except Exception:
+        if _run.client is None:
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and _run.client is not None:
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def _heard(run: _Run) -> None:
+    """Says that this process knows of an error, and stays until all do, the first one longest."""
+    with contextlib.suppress(Exception):
+        run.client.key_value_set(f'{_KEYS}/heard/{run.index}', '')
+        until = time.monotonic() + 20 * _POLL
+        for i in range(run.count):
+            _read('heard', i, max(until - time.monotonic(), 0.001))
+        if run.index == 0:
+            time.sleep(_SERVER_STAYS)
+
+
+def _sleep_until_the_end() -> None:
+    while True:
+        time.sleep(1)

@@ -1,0 +1,109 @@
+"""The command line with things that happen at chosen moments: `hooked_main.py HOOKS FLAG...`.
+
+HOOKS is a JSON object:
+    batches: PATH      a line [process, step's first position, digest of the pixels] for every batch
+    term_after_save: N  SIGTERM to itself as soon as saving step N has begun
+    slow_images: S     evaluating an image takes S seconds more, and says 'evaluating an image'
+    slow_save: S       so does every save, which says 'saving'
+    hang_at: N         step N never comes to an end
+    kill_at: N         SIGKILL to itself in the place of step N
+    only: I            all this in process I alone
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from hashlib import sha256
+
+import jax
+
+from psp_jax import checkpoint, metrics, train
+from psp_jax.main import main
+
+
+def hook(hooks, name, module, function, make):
+    if name in hooks:
+        setattr(module, function, make(getattr(module, function), hooks[name]))
+
+
+def concerned(hooks):
+    return jax.process_index() == hooks.get('only', jax.process_index())
+
+
+def install(hooks):
+    def recorded(train_batches, path):
+        def batches(*args, **kwargs):
+            for batch in train_batches(*args, **kwargs):
+                digest = sha256(batch['image'].tobytes() + batch['label'].tobytes()).hexdigest()
+                with open(path, 'a') as file:
+                    row = [jax.process_index(), batch['position'].tolist(), digest]
+                    file.write(json.dumps(row) + '\n')
+                yield batch
+
+        return batches
+
+    def deadly(save, at):
+        def saving(manager, step, *args):
+            save(manager, step, *args)
+            if step == at and concerned(hooks):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return saving
+
+    def slow(scores, seconds):
+        def scoring(*args):
+            print('evaluating an image', flush=True)
+            time.sleep(seconds)
+            return scores(*args)
+
+        return scoring
+
+    def slow_save(save, seconds):
+        def saving(*args):
+            print('saving', flush=True)
+            time.sleep(seconds)
+            return save(*args)
+
+        return saving
+
+    def at_step(compile_step, step, action):
+        def compiled(*args):
+            made = compile_step(*args)
+
+            class Lowered:
+                def lower(self, *shapes):
+                    return self
+
+                def compile(self):
+                    def run(state, batch):
+                        if int(state.step) + 1 == step and concerned(hooks):
+                            action()
+                        return made(state, batch)
+
+                    return run
+
+            return Lowered()
+
+        return compiled
+
+    hook(hooks, 'batches', train, 'train_batches', recorded)
+    hook(hooks, 'term_after_save', checkpoint, 'save', deadly)
+    hook(hooks, 'slow_images', metrics, 'scores', slow)
+    hook(hooks, 'slow_save', checkpoint, 'save', slow_save)
+    hook(
+        hooks, 'hang_at', train, 'compile_step', lambda f, n: at_step(f, n, lambda: time.sleep(99))
+    )
+    hook(
+        hooks,
+        'kill_at',
+        train,
+        'compile_step',
+        lambda f, n: at_step(f, n, lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    )
+
+
+if __name__ == '__main__':
+    install(json.loads(sys.argv[1]))
+    sys.exit(main(sys.argv[2:]))

@@ -1,0 +1,217 @@
+"""Training steps of images that are split in height over devices: for test_spatial.py.
+
+python tests/spatial_worker.py steps OUTPUT.npz CROP BATCH STEPS MESH... [--config.key=value ...]
+python tests/spatial_worker.py collectives OUTPUT.json CROP BATCH MESH... [--config.key=value ...]
+python tests/spatial_worker.py process PORT INDEX
+
+A mesh is written as 4x2: data x space. 'thin' among them makes one block of each of the backbone's
+layers, 'native' takes the kernel gradients that accelerators take, 'quick' has programs compiled
+fast that run slowly.
+"""
+
+import json
+import math
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from psp_jax import optimizer
+from psp_jax.checkpoint import named_leaves
+from psp_jax.config import apply_overrides, check_config, default_config
+from psp_jax.mesh import (
+    cut_images,
+    make_mesh,
+    on_devices,
+    padded_height,
+    put_batch,
+    replicated,
+    split_images,
+)
+from psp_jax.model import layers, pspnet, resnet
+from psp_jax.state import create_state, enable_float64, init_variables
+from psp_jax.train import compile_step
+
+# What moves between devices is decided before the part that this hurries.
+QUICK = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
+MOVED = (
+    'all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast'
+    '|ragged-all-to-all'
+)
+
+
+def config_of(crop, batch_size, overrides):
+    config = default_config()
+    config.batch_size, config.total_steps = batch_size, 3
+    config.data.classes = '7'
+    config.data.crop = crop
+    config.model.depth, config.model.stem = 18, 'deep_small'
+    config.model.head_width, config.model.aux_width = 32, 16
+    apply_overrides(config, overrides)
+    check_config(config)
+    return config
+
+
+def batch_of_step(step, config):
+    """Images with an unequal share of ignored pixels each; one is ignored as a whole."""
+    rng = np.random.default_rng(step)
+    count, crop = config.batch_size, config.data.crop
+    labels = rng.integers(0, 7, (count, crop, crop)).astype(np.uint8)
+    for row in range(count):
+        labels[row, : row * 4] = 255
+    labels[step % count] = 255
+    images = rng.integers(0, 256, (count, crop, crop, 3)).astype(np.uint8)
+    return {'image': images, 'label': labels}
+
+
+def with_garbage(batch, mesh):
+    """`put_batch` with other things below the images than zeros."""
+    rng = np.random.default_rng(9)
+    placed = {}
+    for name, x in batch.items():
+        below = padded_height(x.shape[1], mesh) - x.shape[1]
+        garbage = rng.integers(0, 7, (x.shape[0], below, *x.shape[2:])).astype(np.uint8)
+        placed[name] = jax.device_put(np.concatenate([x, garbage], 1), split_images(mesh))
+    return placed
+
+
+def program(config, mesh, options=None):
+    """The compiled step and the shapes of its state; nothing is allocated."""
+    model = pspnet.build(config)
+    params = jax.eval_shape(lambda: init_variables(model, 0))['params']
+    tx = optimizer.make_optimizer(params, config.optimizer)
+    state = on_devices(jax.eval_shape(lambda: create_state(model, tx, 0)), mesh)
+    crop, sharding = config.data.crop, split_images(mesh)
+    shape = config.batch_size, padded_height(crop, mesh), crop
+    batch = {
+        'image': jax.ShapeDtypeStruct((*shape, 3), np.uint8, sharding=sharding),
+        'label': jax.ShapeDtypeStruct(shape, np.uint8, sharding=sharding),
+    }
+    step = compile_step(mesh, model, tx, config).lower(state, batch)
+    return step.compile(compiler_options=options), state
+
+
+def native_kernel_gradient(x, dy, kernel, stride, dilation):
+    return jax.vjp(lambda k: layers.native_conv(x, k, stride, dilation), kernel)[1](dy)[0]
+
+
+def state_like(shapes):
+    """A state to start from, from NumPy: the real initialisation takes long to compile."""
+    rng = np.random.default_rng(0)
+
+    def leaf(path, x):
+        name, is_state = path[-1].key if path[1:] else '', path[0].name != 'opt_state'
+        if name == 'kernel' and is_state:
+            value = rng.normal(scale=np.prod(x.shape[:-1]) ** -0.5, size=x.shape)
+        else:
+            value = np.full(x.shape, name in ('scale', 'var') and is_state)
+        return jax.device_put(value.astype(x.dtype), x.sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def collectives_of(compiled):
+    """[kind, elements of the largest result, op_name] of each collective in the program."""
+    listed = []
+    for line in compiled.as_text().splitlines():
+        match = re.match(rf'\s*(?:ROOT )?%?\S+ = (.*?) ({MOVED})(?:-start)?\(', line)
+        if match:
+            shapes = re.findall(r'\w+\[([\d,]*)\]', match[1])
+            sizes = [math.prod(int(n) for n in s.split(',') if n) for s in shapes]
+            op_name = re.search(r'op_name="([^"]*)"', line)
+            listed.append([match[2], max(sizes), op_name[1] if op_name else ''])
+    return listed
+
+
+def steps(output, crop, batch_size, count, meshes, overrides, options=None):
+    """For each mesh 'MESH/losses', the state after the steps, 'MESH/collectives' as JSON and, with
+    padding other than zeros, 'MESH/garbage' losses.
+    """
+    config = config_of(crop, batch_size, ['--config.dtype=float64', *overrides])
+    enable_float64(config)
+    found = {}
+    for data, space in meshes:
+        mesh = make_mesh(data, batch_size, space)
+        step_fn, shapes = program(config, mesh, options)
+        name = f'{data}x{space}'
+        found[f'{name}/collectives'] = np.array(json.dumps(collectives_of(step_fn)))
+        for put in (put_batch, with_garbage) if space > 1 else (put_batch,):
+            state, losses = state_like(shapes), []
+            for step in range(count if put is put_batch else 1):
+                state, scalars = step_fn(state, put(batch_of_step(step, config), mesh))
+                losses.append([float(scalars[x]) for x in ('loss', 'loss_main', 'loss_aux')])
+            found[f'{name}/{"losses" if put is put_batch else "garbage"}'] = np.array(losses)
+            if put is put_batch:
+                found |= {f'{name}/{k}': np.asarray(v) for k, v in named_leaves(state).items()}
+    np.savez(output, **found)
+
+
+def collectives(output, crop, batch_size, meshes, overrides):
+    """For each mesh its program's collectives, [kind, elements of the largest result, op_name]."""
+    config = config_of(crop, batch_size, overrides)
+    found = {}
+    for data, space in meshes:
+        compiled = program(config, make_mesh(data, batch_size, space), QUICK)[0]
+        found[f'{data}x{space}'] = collectives_of(compiled)
+    with open(output, 'w') as file:
+        json.dump(found, file)
+
+
+def process(port, index):
+    """One of two processes with four devices each: whether its shards are of its own rows."""
+    jax.config.update('jax_num_cpu_devices', 4)
+    jax.distributed.initialize(f'localhost:{port}', num_processes=2, process_id=index)
+    mesh = make_mesh(-1, 8, 2)
+    assert dict(mesh.shape) == {'data': 4, 'space': 2}
+    everything = {
+        'image': np.random.default_rng(0).integers(1, 255, (8, 41, 5, 3)).astype(np.uint8),
+        'label': np.random.default_rng(1).integers(1, 7, (8, 41, 5)).astype(np.uint8),
+        'position': np.arange(8),
+    }
+    own = {name: x[4 * index : 4 * index + 4] for name, x in everything.items()}
+    batch = put_batch(own, mesh)
+    for name, x in everything.items():
+        if name != 'position':
+            x = np.concatenate([x, np.zeros((8, 7, *x.shape[2:]), np.uint8)], 1)
+        assert batch[name].shape == x.shape
+        shards = batch[name].addressable_shards
+        assert len(shards) == 4
+        for shard in shards:
+            assert 4 * index <= shard.index[0].start < 4 * index + 4
+            np.testing.assert_array_equal(shard.data, x[shard.index])
+    assert batch['image'].addressable_shards[0].data.shape == (2, 24, 5, 3)
+
+    def sums(batch):
+        images, labels = cut_images(batch, 41, mesh)
+        return jnp.sum(images.astype(int), (0, 1, 2)), jnp.bincount(labels.ravel(), length=256)
+
+    pixels, counts = jax.jit(sums, out_shardings=replicated(mesh))(batch)
+    np.testing.assert_array_equal(pixels, everything['image'].astype(int).sum((0, 1, 2)))
+    expected = np.bincount(everything['label'].ravel(), minlength=256)
+    expected[255] += 8 * 7 * 5
+    np.testing.assert_array_equal(counts, expected)
+
+
+def main(task, *words):
+    if task == 'process':
+        process(int(words[0]), int(words[1]))
+        return
+    jax.config.update('jax_num_cpu_devices', 8)
+    if 'thin' in words:
+        resnet.BLOCKS[18] = (1, 1, 1, 1)
+    if 'native' in words:
+        layers.kernel_gradient_by_shifts = native_kernel_gradient
+    meshes = [tuple(map(int, w.split('x'))) for w in words if re.fullmatch(r'\d+x\d+', w)]
+    overrides = [word for word in words if word.startswith('--config.')]
+    numbers = [int(word) for word in words if word.isdecimal()]
+    if task == 'steps':
+        options = QUICK if 'quick' in words else None
+        steps(words[0], *numbers, meshes, overrides, options)
+    else:
+        collectives(words[0], *numbers, meshes, overrides)
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

@@ -1,0 +1,725 @@
+"""Starting a run on many machines: scripts, manifests, and the commands of docs/pods.md.
+
+There is no cluster here. Stand-ins for python, gcloud, srun and scontrol write down how they were
+called and do as a test tells them.
+"""
+
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from psp_jax.command_line import PREEMPTED
+from psp_jax.config import load_config
+from psp_jax.main import parse_flags
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / 'launch'
+SCRIPTS = ('local.sh', 'tpu_pod.sh', 'slurm.sbatch')
+MANIFESTS = ('gke_jobset.yaml', 'gke_jobset_gpu.yaml')
+FLAGS = ['--config', 'configs/scenes.py', '--config.data.crop=(65, 129)', '--workdir', 'gs://b/r']
+linux = pytest.mark.skipif(sys.platform != 'linux', reason='as the hosts of TPUs: Linux')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _sigint_as_at_a_terminal() -> Iterator[None]:
+    """Children inherit that SIGINT is ignored, as of tests in the background, but no handler."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def call(script: str, *words: object, **variables: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ['bash', LAUNCH / script, *map(str, words)],
+        env=clean() | {name: str(value) for name, value in variables.items()},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def clean() -> dict[str, str]:
+    """The environment without what would tell a script that it runs somewhere special."""
+    ours = ('SLURM_', 'JAX_', 'ZONE', 'PYTHON', 'DEVICES', 'PORT', 'GRACE', 'POLL', 'RETRY_AFTER')
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+
+
+def printed(result: subprocess.CompletedProcess) -> list[list[str]]:
+    """The commands that a script has printed, each as its words."""
+    lines = [line for line in result.stderr.splitlines() if not re.match(r'[\w.]+: ', line)]
+    words = shlex.split('\n'.join(lines))
+    return [list(group) for is_mark, group in itertools.groupby(words, '+'.__eq__) if not is_mark]
+
+
+def option(words: list[str], name: str) -> str:
+    """The value of `name VALUE` or `name=VALUE`, which must be there once."""
+    values = [b for a, b in itertools.pairwise(words) if a == name]
+    values += [word.removeprefix(f'{name}=') for word in words if word.startswith(f'{name}=')]
+    (value,) = values
+    return value
+
+
+def stand_in(folder: Path, name: str, code: str) -> Path:
+    """A program of that name: Python, without packages, so that it starts at once."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f'#!{sys.executable} -IS\nimport json, os, signal, sys, time\n{code}')
+    path.chmod(0o755)
+    return path
+
+
+def no_such_commands(tmp_path: Path) -> str:
+    """A PATH on which what a dry run must not touch leaves a file."""
+    for name in ('gcloud', 'srun', 'scontrol', 'kubectl'):
+        stand_in(tmp_path / 'bin', name, f'open({str(tmp_path / "was called")!r}, "w")')
+    return f'{tmp_path / "bin"}:{os.environ["PATH"]}'
+
+
+# ---- All scripts
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_shellcheck_has_nothing_to_say(script):
+    program = shutil.which('shellcheck', path=f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
+    assert program, 'pip install -r requirements-test.txt'
+    result = subprocess.run([program, LAUNCH / script], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, '')
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_scripts_can_be_run_and_explain_themselves(script):
+    assert script == 'slurm.sbatch' or os.access(LAUNCH / script, os.X_OK)
+    result = call(script, '--help')
+    assert result.returncode == 0 and result.stderr == ''
+    assert result.stdout.startswith('usage: ') and '--dry-run' in result.stdout
+
+
+@pytest.mark.parametrize(
+    'script, words, error',
+    [
+        ('local.sh', ['--config', 'c'], 'N=--config: the number of processes comes before all'),
+        ('local.sh', [0], 'N=0'),
+        ('tpu_pod.sh', ['start', 'r50'], 'COMMAND=start: must be create, run,'),
+        ('tpu_pod.sh', ['run'], 'NAME is missing'),
+        ('tpu_pod.sh', ['create', 'r50'], '--zone is missing'),
+        ('tpu_pod.sh', ['run', 'r50', '--config', 'c'], 'flag --config is unknown; flags of psp'),
+        ('tpu_pod.sh', ['run', 'r50', '--zone', 'z'], 'run needs the flags of psp_jax.main after'),
+        (
+            'tpu_pod.sh',
+            ['create', 'r50', '--zone', 'z', '--type', 'v9-8'],
+            '--type=v9-8: its --run',
+        ),
+        ('slurm.sbatch', FLAGS, 'this is not a Slurm job; use sbatch'),
+    ],
+)
+def test_wrong_use_is_one_line_that_says_what_to_do(tmp_path, script, words, error):
+    result = call(script, *words, PATH=no_such_commands(tmp_path))
+    assert result.returncode == 2
+    assert result.stderr.startswith(f'{script}: error: ') and error in result.stderr
+    assert result.stderr.count('\n') == 1 and '(see --help)' in result.stderr
+    assert not (tmp_path / 'was called').exists()
+
+
+# ---- launch/local.sh
+
+# Its process I does what word I of --plan says: CODE@SECONDS, wait (for a signal) or stubborn.
+PYTHON = """
+if sys.argv[1] == '-c':
+    print(4242)
+    sys.exit()
+words = sys.argv[sys.argv.index('--process_id') + 1:]
+plan = words[2].split(',')[int(words[0])]
+def handle(number, frame):
+    print('heard', signal.Signals(number).name, flush=True)
+    if plan != 'stubborn':
+        sys.exit({signal.SIGTERM: 75, signal.SIGINT: 130}[number])
+signal.signal(signal.SIGTERM, handle)
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+signal.signal(signal.SIGINT, handle)
+print('devices', os.environ.get('JAX_NUM_CPU_DEVICES'), os.environ['JAX_PLATFORMS'], flush=True)
+if '@' in plan:
+    code, seconds = plan.split('@')
+    time.sleep(float(seconds))
+    sys.stdout.write('the end' if 1 < int(words[0]) else 'the end\\n')
+    sys.stdout.flush()
+    if int(code) > 128:
+        os.kill(os.getpid(), int(code) - 128)
+    sys.exit(int(code))
+while True:
+    time.sleep(1)
+"""
+
+
+def test_local_dry_run_prints_a_command_for_each_process(tmp_path):
+    result = call(
+        'local.sh', '--dry-run', 2, *FLAGS, PYTHON='python3', PORT=1234, DEVICES=4,
+        PATH=no_such_commands(tmp_path),
+    )  # fmt: skip
+    place = ['--coordinator_address', 'localhost:1234', '--num_processes', '2', '--process_id']
+    main = ['python3', '-m', 'psp_jax.main']
+    assert printed(result) == [main + place + [i] + FLAGS for i in '01']
+    assert result.returncode == 0 and result.stdout == ''
+    assert '2 processes with 4 device(s) each, JAX_PLATFORMS=cpu' in result.stderr
+
+
+def test_local_marks_the_lines_of_all_but_the_first_process(tmp_path):
+    python = stand_in(tmp_path, 'python', PYTHON)
+    result = call('local.sh', 3, '--plan', '0@0,0@0,0@0', PYTHON=python, DEVICES=4)
+    assert result.returncode == 0
+    marks = ['', '1| ', '2| ']
+    assert sorted(result.stdout.splitlines()) == sorted(
+        mark + line for mark in marks for line in ('devices 4 cpu', 'the end')
+    )
+
+
+@pytest.mark.parametrize(
+    'plan, code',
+    [
+        ('0@0,0@0.4', 0),
+        ('0@0.4,1@0', 1),
+        ('2@0.6,1@0', 2),  # the user's error is what to mend
+        ('1@0,75@0.6', 75),  # the peer that was cut off is no news
+        ('75@0,2@0.6', 2),
+        ('3@0.6,4@0', 4),  # the first
+        ('0@0.4,137@0', 137),  # kill -9
+        ('wait,1@0', 1),  # 75, but only since the script sent SIGTERM
+        ('stubborn,75@0', 75),
+    ],
+)
+def test_local_exit_code_is_the_telling_one_and_nobody_is_left(tmp_path, plan, code):
+    python = stand_in(tmp_path, f'python_{os.getpid()}', PYTHON)
+    result = call('local.sh', 2, '--plan', plan, PYTHON=python, GRACE=1 if plan[0] in 'ws' else 60)
+    assert result.returncode == code, result.stderr
+    assert ('SIGTERM goes on' in result.stderr) == (plan[0] in 'ws')
+    assert ('SIGKILL goes on' in result.stderr) == plan.startswith('stubborn')
+    running = subprocess.run(['ps', '-eo', 'args'], capture_output=True, text=True).stdout
+    assert str(python) not in running
+
+
+@pytest.mark.parametrize(
+    'sent, heard, code',
+    [
+        ('SIGTERM', 'SIGTERM', PREEMPTED),
+        ('SIGHUP', 'SIGTERM', PREEMPTED),
+        ('SIGINT', 'SIGINT', 130),
+    ],
+)
+def test_local_passes_signals_on_to_all_processes_and_waits(tmp_path, sent, heard, code):
+    python = stand_in(tmp_path, 'python', PYTHON)
+    with subprocess.Popen(
+        ['bash', LAUNCH / 'local.sh', '2', '--plan', 'wait,wait'],
+        env=clean() | {'PYTHON': str(python)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as script:
+        lines = {script.stdout.readline() for _ in range(2)}
+        assert lines == {'devices None cpu\n', '1| devices None cpu\n'}
+        script.send_signal(signal.Signals[sent])
+        assert set(script.stdout.read().splitlines()) == {f'heard {heard}', f'1| heard {heard}'}
+    assert script.returncode == code
+
+
+# ---- launch/tpu_pod.sh
+
+# Knows one slice: its request and its node are in PLAN, and so is what happens in each training.
+GCLOUD = """
+path = os.environ['PLAN']
+plan = json.load(open(path))
+words = sys.argv[1:]
+kind, verb = words[2:4]
+code, text = 0, ''
+if verb == 'describe':
+    text = plan['request'] if kind == 'queued-resources' else plan['node']
+    if not text:
+        print('ERROR: NOT_FOUND: Resource was not found', file=sys.stderr)
+        code = 1
+elif verb == 'create':
+    plan['request'], plan['node'] = plan['becomes'].pop(0)
+elif verb == 'delete':
+    plan['request'] = plan['node'] = ''
+elif verb == 'ssh' and 'psp_jax.main --config' in words[-1]:
+    code, request, node = plan['trainings'].pop(0)
+    plan['request'], plan['node'] = request, node
+plan['calls'].append([kind, verb])
+plan['words'].append(words)
+json.dump(plan, open(path, 'w'))
+print('WARNING: there is a newer gcloud', file=sys.stderr)
+print(text)
+sys.exit(code)
+"""
+THERE = ('ACTIVE', 'READY')
+GONE = ('SUSPENDED', '')
+CREATE, DELETE = ['queued-resources', 'create'], ['queued-resources', 'delete']
+COPY, ON_HOSTS = ['tpu-vm', 'scp'], ['tpu-vm', 'ssh']
+TRAIN, START = [ON_HOSTS], [COPY, ON_HOSTS, ON_HOSTS]  # START: copy, install, train
+
+
+def tpu_run(
+    tmp_path: Path, *options: str, trainings: list, now: tuple = ('', ''), becomes: Any = THERE
+) -> tuple[subprocess.CompletedProcess, list]:
+    """`tpu_pod.sh run` on slices that fare as told; what it did but for looking."""
+    stand_in(tmp_path / 'bin', 'gcloud', GCLOUD)
+    plan = {'request': now[0], 'node': now[1], 'becomes': [becomes] * 9, 'trainings': trainings}
+    (tmp_path / 'plan').write_text(json.dumps(plan | {'calls': [], 'words': []}))
+    result = call(
+        'tpu_pod.sh', 'run', 'r50', '--zone', 'z', *options, '--', *FLAGS,
+        PATH=f'{tmp_path / "bin"}:{os.environ["PATH"]}', PLAN=tmp_path / 'plan', POLL=0,
+    )  # fmt: skip
+    after = json.loads((tmp_path / 'plan').read_text())
+    assert after['trainings'] == []
+    return result, [call for call in after['calls'] if call[1] != 'describe']
+
+
+def test_tpu_pod_dry_run_prints_all_that_run_would_do(tmp_path):
+    result = call(
+        'tpu_pod.sh', 'run', 'r50', '--zone', 'us-west4-a', '--project', 'p', '--type',
+        'v5litepod-16', '--dry-run', '--', *FLAGS, PATH=no_such_commands(tmp_path),
+    )  # fmt: skip
+    assert result.returncode == 0 and not (tmp_path / 'was called').exists()
+    look, create, _, pack, copy, install, train = printed(result)
+    for command in (look, create, copy, install, train):
+        assert command[:3] == ['gcloud', 'compute', 'tpus']
+        assert option(command, '--zone') == 'us-west4-a' and option(command, '--project') == 'p'
+    assert look[3:6] == ['queued-resources', 'describe', 'r50']
+    assert create[3:6] == ['queued-resources', 'create', 'r50'] and '--spot' in create
+    assert option(create, '--node-id') == 'r50'
+    assert option(create, '--accelerator-type') == 'v5litepod-16'
+    assert option(create, '--runtime-version') == 'v2-alpha-tpuv5-lite'
+    assert pack[0] == 'tar' and {'psp_jax', 'configs', 'requirements.txt'} <= set(pack)
+    assert copy[3:5] == ['tpu-vm', 'scp'] and copy[6] == 'r50:psp_jax.tgz'
+    for command in (install, train):
+        assert command[3:6] == ['tpu-vm', 'ssh', 'r50'] and option(command, '--worker') == 'all'
+    assert '-r requirements.txt "jax[tpu]"' in option(install, '--command')
+    first = option(train, '--command').splitlines()[0]
+    assert shlex.split(first)[2:] == ['.venv/bin/python', '-m', 'psp_jax.main', *FLAGS]
+
+
+@pytest.mark.parametrize(
+    'words, expected',
+    [
+        (['create', '--on-demand'], ['queued-resources describe', 'queued-resources create'] * 1),
+        (['status'], ['queued-resources describe', 'tpu-vm describe', 'tpu-vm ssh']),
+        (['logs', '--worker', '3'], ['tpu-vm ssh']),
+        (['delete'], ['tpu-vm ssh', 'queued-resources delete']),
+    ],
+)
+def test_tpu_pod_dry_run_of_the_other_commands(tmp_path, words, expected):
+    result = call(
+        'tpu_pod.sh', words[0], 'r50', '--type', 'v6e-8', '--dry-run', *words[1:], ZONE='z',
+        PATH=no_such_commands(tmp_path),
+    )  # fmt: skip
+    commands = printed(result)
+    assert [' '.join(command[3:5]) for command in commands][: len(expected)] == expected
+    assert result.returncode == 0 and not (tmp_path / 'was called').exists()
+    if words[0] == 'create':
+        assert '--spot' not in commands[1]
+        assert option(commands[1], '--runtime-version') == 'v2-alpha-tpuv6e'
+    if words[0] == 'logs':
+        assert option(commands[0], '--worker') == '3'
+    if words[0] == 'delete':
+        assert '--force' in commands[1]
+
+
+def test_tpu_pod_begins_again_after_each_preemption(tmp_path):
+    """With 75, as a lost connection, and as a crash of those that were left."""
+    ends = [(PREEMPTED, *GONE), (255, *GONE), (1, 'ACTIVE', 'PREEMPTED'), (0, *THERE)]
+    result, calls = tpu_run(tmp_path, trainings=ends)
+    assert result.returncode == 0, result.stderr
+    assert calls == [CREATE, *START] + [DELETE, CREATE, *START] * 3
+    assert 'the run is finished' in result.stderr and 'paid for' in result.stderr
+
+
+def test_tpu_pod_installs_once_where_the_slice_stays(tmp_path):
+    result, calls = tpu_run(
+        tmp_path, now=THERE, trainings=[(255, *THERE), (PREEMPTED, *THERE), (0, *THERE)]
+    )
+    assert result.returncode == 0 and calls == [*START, *TRAIN, *TRAIN]
+
+
+@pytest.mark.parametrize('code', [0, 2, 1, 134])
+def test_tpu_pod_stops_where_trying_again_would_not_help(tmp_path, code):
+    result, calls = tpu_run(tmp_path, '--delete-at-end', trainings=[(code, *THERE)])
+    assert result.returncode == code and calls == [CREATE, *START, DELETE]
+
+
+def test_tpu_pod_does_not_ask_again_for_what_it_cannot_have(tmp_path):
+    result, calls = tpu_run(tmp_path, trainings=[], becomes=('FAILED', ''))
+    assert result.returncode == 1 and calls == [CREATE]
+    assert 'the request failed' in result.stderr
+
+
+def on_host(command: str, home: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        ['bash', '-c', command],
+        cwd=home,
+        env=clean(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@linux
+def test_what_runs_on_a_tpu_host_outlives_the_connection_and_stops_by_sigterm(tmp_path):
+    """The commands that tpu_pod.sh sends, in the shell that they are made for."""
+    dry_run = printed(call('tpu_pod.sh', 'run', 'n', '--zone', 'z', '--dry-run', '--', 'one word'))
+    train = option(dry_run[-1], '--command')
+    dry_run = printed(call('tpu_pod.sh', 'delete', 'n', '--zone', 'z', '--dry-run'))
+    stop = option(dry_run[0], '--command')
+    code = """
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print('hello', sys.argv[3:], flush=True)
+for i in range(400):
+    time.sleep(0.05)
+"""
+    (tmp_path / 'psp_jax' / '.venv').mkdir(parents=True)
+    stand_in(tmp_path / 'psp_jax' / '.venv' / 'bin', 'python', code)
+    first = on_host(train, tmp_path)
+    assert first.stdout.readline() == "hello ['one word']\n"
+    process = int((tmp_path / 'psp_jax' / 'run.process').read_text())
+    first.kill()  # the connection is lost
+    first.wait()
+    second = on_host(train, tmp_path)
+    assert second.stdout.readline().startswith(f'following process {process} on ')
+    assert on_host(stop, tmp_path).wait(30) == 0
+    assert second.wait(30) == PREEMPTED
+    assert (tmp_path / 'psp_jax' / 'run.log').read_text() == "hello ['one word']\n"
+    assert on_host(stop, tmp_path).wait(30) > 0  # there is nothing left
+
+
+# ---- launch/slurm.sbatch
+
+
+def sbatch_lines() -> dict[str, str]:
+    lines = re.findall(r'^#SBATCH --([\w-]+)=?(.*)$', (LAUNCH / 'slurm.sbatch').read_text(), re.M)
+    return dict(lines)
+
+
+def test_slurm_has_a_process_for_each_gpu_all_of_which_it_sees():
+    asked = sbatch_lines()
+    assert asked['ntasks-per-node'] == asked['gpus-per-node']
+    assert 'exclusive' in asked and not {'gpus-per-task', 'gpu-bind', 'gpus'} & set(asked)
+
+
+def test_slurm_warns_the_processes_and_continues_the_log():
+    asked = sbatch_lines()
+    sent = re.fullmatch(r'TERM@(\d+)', asked['signal'])  # B: would be for the batch shell alone
+    assert sent and 60 <= int(sent[1]) <= 65535
+    assert 'requeue' in asked and asked['open-mode'] == 'append'
+
+
+def test_slurm_dry_run_prints_the_command(tmp_path):
+    result = call(
+        'slurm.sbatch', '--dry-run', *FLAGS, PYTHON='python3', SLURM_CPUS_PER_TASK=7,
+        PATH=no_such_commands(tmp_path),
+    )  # fmt: skip
+    (words,) = printed(result)
+    assert words[0] == 'srun' and option(words, '--cpus-per-task') == '7'
+    assert option(words, '--kill-on-bad-exit') == '0' and option(words, '--gpu-bind') == 'none'
+    main = words[words.index('python3') :]
+    assert main == ['python3', '-m', 'psp_jax.main', '--config.data.threads=7', *FLAGS]
+    assert result.returncode == 0 and not (tmp_path / 'was called').exists()
+
+
+def slurm(tmp_path: Path, code: int, **variables: object) -> tuple[int, bool]:
+    """Exit code of the batch script, and whether it has requeued its job."""
+    asked = tmp_path / 'requeued'
+    stand_in(tmp_path / 'bin', 'srun', f'time.sleep(0.5)\nsys.exit({code})')
+    stand_in(tmp_path / 'bin', 'scontrol', f'open({str(asked)!r}, "w").write(str(sys.argv[1:]))')
+    environment = {'SLURM_JOB_ID': '17', 'PATH': f'{tmp_path / "bin"}:{os.environ["PATH"]}'}
+    with subprocess.Popen(
+        ['bash', LAUNCH / 'slurm.sbatch', *FLAGS],
+        env=clean() | environment | {name: str(v) for name, v in variables.items() if v != 'TERM'},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as script:
+        while 'job 17' not in script.stderr.readline():
+            pass
+        time.sleep(0.1)
+        if 'TERM' in variables.values():
+            script.terminate()
+        script.stderr.read()
+    if asked.exists():
+        assert asked.read_text() == "['requeue', '17']"
+    return script.returncode, asked.exists()
+
+
+def test_slurm_requeues_what_was_preempted_and_late_crashes(tmp_path):
+    assert slurm(tmp_path, PREEMPTED) == (PREEMPTED, True)
+
+
+@pytest.mark.parametrize(
+    'code, variables, requeued',
+    [
+        (0, {'RETRY_AFTER': 0}, False),
+        (2, {'RETRY_AFTER': 0}, False),
+        (134, {}, False),
+        (134, {'RETRY_AFTER': 0}, True),
+        (PREEMPTED, {'sent': 'TERM'}, False),  # to the batch shell itself: scancel
+    ],
+)
+def test_slurm_requeues_nothing_else(tmp_path, code, variables, requeued):
+    assert slurm(tmp_path, code, **variables) == (code, requeued)
+
+
+# ---- launch/*.yaml
+
+
+def manifest(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(the JobSet, its only kind of job, the container of its pods)"""
+    jobset = yaml.safe_load((LAUNCH / name).read_text())
+    (jobs,) = jobset['spec']['replicatedJobs']
+    (container,) = jobs['template']['spec']['template']['spec']['containers']
+    return jobset, jobs, container
+
+
+def test_gke_chips_times_hosts_is_the_topology():
+    jobset, jobs, container = manifest('gke_jobset.yaml')
+    job = jobs['template']['spec']
+    selector = job['template']['spec']['nodeSelector']
+    sides = selector['cloud.google.com/gke-tpu-topology'].split('x')
+    hosts, chips = job['parallelism'], container['resources']['limits']['google.com/tpu']
+    assert hosts * chips == math.prod(map(int, sides))
+    assert hosts > 1  # GKE joins slices of several hosts only
+    flags, overrides = parse_flags(container['args'])
+    assert load_config(flags.config, overrides).batch_size % (hosts * chips * jobs['replicas']) == 0
+    exclusive = jobset['metadata']['annotations']['alpha.jobset.sigs.k8s.io/exclusive-topology']
+    assert exclusive == 'cloud.google.com/gke-nodepool'
+
+
+def test_gke_gpu_processes_know_how_many_they_are_and_where_the_first_is():
+    jobset, jobs, container = manifest('gke_jobset_gpu.yaml')
+    variables = {entry['name']: entry for entry in container['env']}
+    assert jobs['replicas'] == 1
+    assert variables['JAX_NUM_PROCESSES']['value'] == str(jobs['template']['spec']['parallelism'])
+
+    def annotation(name: str) -> str:
+        field = variables[name]['valueFrom']['fieldRef']['fieldPath']
+        return re.fullmatch(r"metadata\.annotations\['(.+)'\]", field)[1]
+
+    assert annotation('JAX_PROCESS_ID') == 'batch.kubernetes.io/job-completion-index'
+    assert annotation('COORDINATOR') == 'jobset.sigs.k8s.io/coordinator'
+    port = container['ports'][0]['containerPort']
+    assert variables['JAX_COORDINATOR_ADDRESS']['value'] == f'$(COORDINATOR):{port}'
+    order = list(variables)  # a variable may name those before it alone
+    assert order.index('COORDINATOR') < order.index('JAX_COORDINATOR_ADDRESS')
+    assert jobset['spec']['coordinator'] == {
+        'replicatedJob': jobs['name'],
+        'jobIndex': 0,
+        'podIndex': 0,
+    }
+    gpus = container['resources']['limits']['nvidia.com/gpu']
+    flags, overrides = parse_flags(container['args'])
+    assert load_config(flags.config, overrides).batch_size % (gpus * 2) == 0
+
+
+@pytest.mark.parametrize('name', MANIFESTS)
+def test_gke_every_pod_has_an_index_and_a_name_of_its_own(name):
+    jobset, jobs, container = manifest(name)
+    job = jobs['template']['spec']
+    assert (jobset['apiVersion'], jobset['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
+    assert job['completions'] == job['parallelism'] and job['completionMode'] == 'Indexed'
+    network = jobset['spec']['network']  # the headless service, before pods are ready
+    assert network == {'enableDNSHostnames': True, 'publishNotReadyAddresses': True}
+    pod = f'{jobset["metadata"]["name"]}-{jobs["name"]}-{jobs["replicas"] - 1}-{job["parallelism"]}'
+    assert len(pod) + 6 <= 63  # Kubernetes appends five letters
+    assert container['image'] == 'IMAGE'
+    assert 'command' not in container  # the entry point is psp_jax.main
+
+
+@pytest.mark.parametrize('name', MANIFESTS)
+def test_gke_exit_codes_decide_what_happens_next(name):
+    jobset, jobs, container = manifest(name)
+    job = jobs['template']['spec']
+    pod = job['template']['spec']
+    assert pod['restartPolicy'] == 'Never'  # without which there is no podFailurePolicy
+    assert job['backoffLimit'] == 0 and jobset['spec']['failurePolicy']['maxRestarts'] > 0
+    by_code = {}
+    for rule in job['podFailurePolicy']['rules']:
+        if 'onExitCodes' in rule:
+            assert rule['onExitCodes']['containerName'] == container['name']
+            assert rule['onExitCodes']['operator'] == 'In'
+            by_code |= dict.fromkeys(rule['onExitCodes']['values'], rule['action'])
+        else:
+            assert rule['onPodConditions'] == [{'type': 'DisruptionTarget', 'status': 'True'}]
+            assert rule['action'] == 'Ignore'
+    assert by_code == {2: 'FailJob', PREEMPTED: 'Ignore'}
+    (rule,) = jobset['spec']['failurePolicy']['rules']
+    assert (rule['action'], rule['onJobFailureReasons']) == ('FailJobSet', ['PodFailurePolicy'])
+    assert pod['terminationGracePeriodSeconds'] >= 60
+
+
+# ---- launch/Dockerfile
+
+
+def test_docker_image_holds_what_it_starts():
+    text = (LAUNCH / 'Dockerfile').read_text().replace('\\\n', ' ')
+    lines = [line.split(None, 1) for line in text.splitlines() if line and line[0] != '#']
+    steps: dict[str, list[str]] = {}
+    for name, rest in lines:
+        steps.setdefault(name, []).append(rest)
+    version = re.fullmatch(r'python:3\.(\d+)-slim', steps['FROM'][0])
+    assert version and 11 <= int(version[1]) <= 13
+    for copied in steps['COPY']:
+        assert (ROOT / copied.split()[0]).exists()
+    assert {'psp_jax psp_jax', 'configs configs'} <= set(steps['COPY'])
+    assert json.loads(steps['ENTRYPOINT'][0]) == ['python', '-m', 'psp_jax.main']
+    names = [name for name, _ in lines]
+    assert names.index('RUN') < names.index('ENV') < names.index('USER') < names.index('ENTRYPOINT')
+
+
+@pytest.mark.parametrize(
+    'accelerator, installed',
+    [('cpu', ''), ('tpu', ' jax[tpu]'), ('cuda13', ' jax[cuda13]'), ('gpu', None)],
+)
+def test_docker_image_is_for_one_accelerator(tmp_path, accelerator, installed):
+    """Runs the lines that install, with a stand-in for pip."""
+    text = (LAUNCH / 'Dockerfile').read_text()
+    lines = re.search(r'RUN (case .*?[^\\])\n', text, re.S)[1].replace('\\\n', ' ')
+    stand_in(tmp_path, 'pip', 'print(*sys.argv[1:])')
+    path = f'{tmp_path}:{os.environ["PATH"]}'
+    result = subprocess.run(
+        ['sh', '-c', lines],
+        env={'PATH': path, 'ACCELERATOR': accelerator},
+        capture_output=True,
+        text=True,
+    )
+    if installed is None:
+        assert result.returncode == 2 and 'must be cpu, tpu or cuda13' in result.stderr
+    else:
+        assert result.stdout.endswith(f'-r requirements.txt{installed}\n')
+        extras = metadata.metadata('jax').get_all('Provides-Extra')
+        assert installed == '' or accelerator in extras
+
+
+# ---- Flags that any of these pass on
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The flags of psp_jax.main in all commands of a text: behind the program or its launcher."""
+    text = re.sub(r'\s*\\\n\s*', ' ', text)
+    starts = (
+        r'python -m psp_jax\.main',
+        r'launch/local\.sh \d+',
+        r'launch/slurm\.sbatch(?! --dry)',
+        r'launch/tpu_pod\.sh run [^`\n]*? --',
+        r'psp_jax:(?:cpu|tpu|cuda13)(?= --config)',
+    )
+    found = re.findall(rf'(?:{"|".join(starts)}) (--[^`#\n]*)', text)
+    return [shlex.split(flags) for flags in found]
+
+
+def documents() -> dict[str, str]:
+    texts = {path.name: path.read_text() for path in LAUNCH.iterdir() if path.is_file()}
+    return texts | {'pods.md': (ROOT / 'docs' / 'pods.md').read_text()}
+
+
+EXAMPLES = [
+    pytest.param(words, id=f'{name} {i}')
+    for name, text in sorted(documents().items())
+    for i, words in enumerate(commands_in(text))
+]
+
+
+def test_there_are_commands_to_check():
+    counts = {name: len(commands_in(text)) for name, text in documents().items()}
+    assert counts['pods.md'] >= 10
+    for script in (*SCRIPTS, 'Dockerfile'):
+        assert counts[script] >= 1, script
+
+
+@pytest.mark.parametrize('words', EXAMPLES)
+def test_every_flag_in_scripts_and_docs_exists(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = [word for word in words if word not in ('...', '[flags')]
+    flags, overrides = parse_flags(words)
+    load_config(flags.config, overrides)
+
+
+@pytest.mark.parametrize('name', MANIFESTS)
+def test_every_flag_in_manifests_exists(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, _, container = manifest(name)
+    flags, overrides = parse_flags(container['args'])
+    config = load_config(flags.config, overrides)
+    assert flags.workdir.startswith('gs://BUCKET/') and config.data.root == 'gs://BUCKET/tfds'
+
+
+def test_flags_that_scripts_add_exist():
+    for script in ('local.sh', 'slurm.sbatch'):
+        result = call(script, '--dry-run', *([2] if script == 'local.sh' else []), *FLAGS)
+        for words in printed(result):
+            flags, overrides = parse_flags(words[words.index('psp_jax.main') + 1 :])
+            load_config(str(ROOT / flags.config), overrides)
+
+
+def test_scripts_and_docs_name_the_exit_code_of_a_preemption():
+    for name in (*SCRIPTS, 'pods.md', *MANIFESTS):
+        assert re.search(rf'\b{PREEMPTED}\b', documents()[name]), name
+
+
+def test_links_in_the_docs_lead_somewhere():
+    for target in re.findall(r'\]\(([^)#]+)\)', documents()['pods.md']):
+        assert '://' in target or (ROOT / 'docs' / target).exists(), target
+    for path in re.findall(r'`(launch/[\w.]+)', documents()['pods.md']):
+        assert (ROOT / path).exists(), path
+
+
+# ---- The real thing
+
+
+@pytest.mark.slow
+def test_two_processes_train_stop_at_sigterm_and_go_on(tmp_path: Path, programs: dict[str, str]):
+    flags = {
+        'batch_size': 2, 'total_steps': 9999, 'log_every': 1, 'checkpoint_every': 9999,
+        'eval_every': 9999, 'data.train': '0:64', 'data.val': '1000000:1000002', 'data.crop': 33,
+        'model.head_width': 16, 'model.aux_width': 8, 'model.stem': 'deep_small',
+    }  # fmt: skip
+    words = ['--config', 'configs/scenes.py', '--workdir', str(tmp_path / 'run')]
+    words += [f'--config.{name}={value}' for name, value in flags.items()]
+
+    def train(stop_at: str) -> tuple[int, str]:
+        """Exit code and output of a run that gets SIGTERM when it prints `stop_at`."""
+        text = ''
+        with subprocess.Popen(
+            ['bash', LAUNCH / 'local.sh', '2', *words],
+            cwd=ROOT,
+            env=clean() | programs | {'PYTHON': sys.executable},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as script:
+            late = threading.Timer(400, script.terminate)
+            late.start()
+            for line in script.stdout:
+                text += line
+                if line.startswith(stop_at):
+                    script.terminate()
+            late.cancel()
+        return script.returncode, text
+
+    code, text = train('step    2/9999 ')
+    assert code == PREEMPTED, text
+    assert '2 cpu device(s), 2 process(es)' in text
+    (saved,) = [int(path.name) for path in (tmp_path / 'run' / 'checkpoints').glob('[0-9]*')]
+    assert 2 <= saved < 9999
+    code, text = train(f'step {saved + 1:>4}/9999 ')
+    assert code == PREEMPTED and f'continuing from step {saved} ' in text, text
+    assert 'step    1/9999 ' not in text

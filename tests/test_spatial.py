@@ -1,0 +1,224 @@
+"""Images that are split in height over devices: the same training as on one device."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_losses import loss_by_numpy
+
+from psp_jax.config import default_config, flatten
+from psp_jax.errors import UserError
+from psp_jax.legal import check_values
+from psp_jax.losses import map_row_phases, segmentation_loss
+from psp_jax.mesh import make_mesh
+from psp_jax.model.resample import resize_matrix
+
+ROOT = Path(__file__).parent.parent
+# Whatever brings together what lay on several devices.
+GATHERS = {'all-gather', 'all-to-all', 'collective-broadcast', 'ragged-all-to-all'}
+
+
+def start_worker(*words):
+    return subprocess.Popen(
+        [sys.executable, ROOT / 'tests/spatial_worker.py', *map(str, words)],
+        env={**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'},
+    )
+
+
+def run_worker(*words):
+    assert start_worker(*words).wait(timeout=3000) == 0
+
+
+def arrays_of(output, mesh):
+    found = dict(np.load(output))
+    return {k.removeprefix(f'{mesh}/'): v for k, v in found.items() if k.startswith(f'{mesh}/')}
+
+
+def assert_equals_one_device(output, meshes):
+    """Float64: losses to 1e-7, parameters, momentum and running statistics to 1e-6, as promised."""
+    one = arrays_of(output, '1x1')
+    assert json.loads(str(one.pop('collectives'))) == []
+    assert len(one) > 80
+    for mesh in meshes:
+        many = arrays_of(output, mesh)
+        garbage, _ = many.pop('garbage', None), many.pop('collectives')
+        assert many.keys() == one.keys()
+        np.testing.assert_allclose(many['losses'], one['losses'], rtol=1e-7)
+        for name, value in one.items():
+            scale = np.abs(value).max() or 1.0
+            np.testing.assert_allclose(
+                many[name], value, atol=1e-6 * scale, rtol=0, err_msg=f'{mesh} {name}'
+            )
+        if not mesh.endswith('x1'):  # what the host pads images with has no part in anything
+            np.testing.assert_array_equal(garbage, many['losses'][:1])
+
+
+def gathers(listed):
+    """What a program gathers of its collectives, after a look at whether it is split at all."""
+    kinds = [kind for kind, _, _ in listed]
+    assert kinds.count('collective-permute') > 20  # the rows beside the cuts
+    assert 'all-reduce' in kinds
+    return [collective for collective in listed if collective[0] in GATHERS]
+
+
+# ---- The whole step
+
+
+def test_half_an_image_a_device_equals_one_device(tmp_path):
+    """A step at crop 65 of PSPNet with one block in each of the backbone's four layers."""
+    output = tmp_path / 'steps.npz'
+    run_worker('steps', output, 65, 2, 1, '1x1', '1x2', 'thin', 'native', 'quick')
+    assert_equals_one_device(output, ['1x2'])
+    listed = json.loads(str(arrays_of(output, '1x2')['collectives']))
+    # The one thing that is gathered in float64, and in no precision that one trains with: the
+    # compiler does not divide the gradient of max pooling there.
+    assert all(op_name.endswith('select_and_scatter') for _, _, op_name in gathers(listed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stem', ['deep_small', 'deep'])
+def test_every_mesh_equals_one_device(tmp_path, stem):
+    """Three steps of the real PSPNet-18 at crop 97."""
+    output, meshes = tmp_path / 'steps.npz', ['8x1', '4x2', '2x4', '1x2']
+    run_worker('steps', output, 97, 8, 3, '1x1', *meshes, f'--config.model.stem={stem}')
+    assert_equals_one_device(output, meshes)
+    losses = arrays_of(output, '1x1')['losses']
+    assert abs(losses[0, 0] - losses[-1, 0]) > 1e-3  # the comparison could have failed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'variant',
+    [
+        ('align_corners=false', 'stem=conv7', 'dilation=contract'),
+        ('bins=()', 'dilation=contract_first'),
+        ('pool=max', 'reduce=false'),
+    ],
+)
+def test_variants_of_the_network_equal_one_device(tmp_path, variant):
+    output = tmp_path / 'steps.npz'
+    overrides = [f'--config.model.{word}' for word in variant]
+    run_worker('steps', output, 97, 2, 1, '1x1', '1x4', 'thin', *overrides)
+    assert_equals_one_device(output, ['1x4'])
+
+
+@pytest.mark.slow
+def test_crop_473_equals_one_device(tmp_path):
+    """One step with one block a layer and narrow heads: 60 rows of features on 2 and 4 devices."""
+    output = tmp_path / 'steps.npz'
+    run_worker('steps', output, 473, 2, 1, '1x1', '1x2', '1x4', 'thin')
+    assert_equals_one_device(output, ['1x2', '1x4'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'words',
+    [
+        ('depth=18', 'stem=deep_small'),
+        ('depth=50', 'stem=deep'),
+        ('native', 'depth=50', 'stem=deep'),
+    ],
+    ids=' '.join,
+)
+def test_real_networks_gather_no_activations(tmp_path, words):
+    """In float32, with the kernel gradients of CPUs and with those of accelerators."""
+    output = tmp_path / 'collectives.json'
+    words = [f'--config.model.{word}' if '=' in word else word for word in words]
+    run_worker('collectives', output, 97, 8, '4x2', '2x4', *words)
+    found = json.loads(output.read_text())
+    assert {mesh: gathers(listed) for mesh, listed in found.items()} == {'4x2': [], '2x4': []}
+
+
+# ---- Its parts
+
+
+@pytest.mark.parametrize(
+    ('height', 'space', 'align_corners'),
+    [(9, 1, True), (41, 2, True), (97, 4, True), (97, 4, False), (32, 2, False)],
+)
+def test_loss_by_phases_equals_numpy(height, space, align_corners):
+    rng = np.random.default_rng(height)
+    width, cells = 17, -(-height // 8)
+    logits = rng.normal(scale=3, size=(2, cells, 3, 5)).astype(np.float32)
+    padded = -(-height // (8 * space)) * 8 * space
+    labels = np.full((2, padded, width), 255, np.uint8)
+    labels[:, :height] = rng.integers(0, 5, (2, height, width))
+    labels[:, 3:5] = 255
+    matrices = [resize_matrix(cells, height, align_corners), resize_matrix(3, width, True)]
+
+    @jax.jit
+    def both(logits, labels):
+        blocks = jax.grad(segmentation_loss)(logits, labels[:, :height], *matrices)
+        phases = jax.value_and_grad(segmentation_loss)
+        return blocks, *phases(logits, labels, *matrices, map_row_phases)
+
+    blocks, loss, phases = both(logits, labels)
+    expected = loss_by_numpy(logits, labels[:, :height], *matrices)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(phases, blocks, atol=1e-7)
+
+
+def test_each_of_two_processes_reads_its_own_whole_images():
+    """Real processes of four devices each, mesh 4 x 2: rows as without 'space'."""
+    with socket.socket() as found:
+        found.bind(('localhost', 0))
+        port = found.getsockname()[1]
+    workers = [start_worker('process', port, index) for index in (0, 1)]
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+
+
+# ---- The mesh
+
+
+@dataclass(frozen=True)
+class Device:
+    id: int
+    process_index: int
+
+
+def devices_of(*processes):
+    return [Device(i, process) for i, process in enumerate(processes)]
+
+
+def test_space_joins_neighbours_of_one_process():
+    """As on a TPU slice, whose hosts' devices are not numbered one after the other."""
+    mesh = make_mesh(-1, 8, 2, devices_of(0, 0, 1, 1, 0, 0, 1, 1))
+    assert dict(mesh.shape) == {'data': 4, 'space': 2}
+    assert [[d.process_index for d in row] for row in mesh.devices] == [[0] * 2] * 2 + [[1] * 2] * 2
+    assert [[d.id for d in row] for row in mesh.devices] == [[0, 1], [4, 5], [2, 3], [6, 7]]
+
+
+@pytest.mark.parametrize(
+    ('data', 'space', 'batch_size', 'processes', 'message'),
+    [
+        (-1, 2, 8, (0,), r'mesh.space=2: process 0 has 1 device\(s\), which do not divide by 2'),
+        (-1, 4, 8, (0, 0, 1, 1), r'mesh.space=4: process 0 has 2 device\(s\)'),
+        (4, 2, 8, (0,) * 4, 'mesh.data=4 with mesh.space=2: this run has 4 devices'),
+        (1, 2, 8, (0, 0, 1, 1), 'mesh.data=1 with mesh.space=2: this run has 4 devices'),
+        (-1, 2, 3, (0,) * 4, 'batch_size=3 does not divide over 2 .*: set batch_size=4'),
+    ],
+)
+def test_meshes_that_cannot_be_are_refused(data, space, batch_size, processes, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(data, batch_size, space, devices_of(*processes))
+
+
+def test_half_an_image_a_device_is_legal():
+    """Two images on four devices: the batch divides over 'data' alone."""
+    assert dict(make_mesh(-1, 2, 2, devices_of(0, 0, 0, 0)).shape) == {'data': 2, 'space': 2}
+
+
+@pytest.mark.parametrize('space', [0, -1])
+def test_space_is_positive(space):
+    config = default_config()
+    config.data.classes = '7'
+    config.mesh.space = space
+    with pytest.raises(UserError, match=f'mesh.space={space}: must be positive'):
+        check_values(flatten(config))
