@@ -459,9 +459,12 @@ def test_a_run_resumes_only_where_the_mathematics_is_the_same(key):
         'eval.multiple',
         'eval.batch_size',
         'eval.panels',
+        'hang_seconds',
         'mesh.data',
+        'mesh.space',
         'data.root',
         'data.threads',
+        'data.on_error',
         'data.val',
         'data.test',
     }
