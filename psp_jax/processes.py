@@ -36,6 +36,7 @@ from psp_jax.errors import UserError
 INITIALIZATION_TIMEOUT = 300  # seconds that processes wait for the last one to start
 HEARTBEAT_TIMEOUT = 100  # seconds after which a process that went silent counts as dead
 _POLL = 0.25  # seconds between looks at what the other processes say
+_JOINING = 10  # seconds that SIGTERM waits for the other processes to be there to be told
 _PATIENCE = 60  # seconds that processes wait for what others have to say at the end
 _SERVER_STAYS = 0.5  # seconds, for the answers that are under way
 _KEYS = 'psp_jax'  # of the coordination service
@@ -48,6 +49,7 @@ class _Run:
     client: Any = None  # of JAX's coordination service; None in a run of one process
     index: int = 0
     count: int = 1
+    joined: threading.Event | None = None  # set once the processes have come together, or will not
     lock: Any = field(default_factory=threading.Lock)
     said: str = ''  # after SIGTERM: 'leaving', or the last step that this process has begun
     position: int = 0
@@ -71,6 +73,14 @@ def start(address: str | None, count: int | None, index: int | None) -> None:
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; without them as JAX finds by
     itself on Cloud TPUs, Slurm and Open MPI. Raises UserError where they do not fit or do not come.
     """
+    _run.joined = threading.Event()
+    try:
+        _join(address, count, index)
+    finally:
+        _run.joined.set()
+
+
+def _join(address: str | None, count: int | None, index: int | None) -> None:
     import jax
 
     environment = os.environ
@@ -122,7 +132,8 @@ def start(address: str | None, count: int | None, index: int | None) -> None:
         ) from error
     finally:
         timer.cancel()
-    _run.client, _run.index, _run.count = _client(), jax.process_index(), jax.process_count()
+    # The client last: another thread looks whether it is there.
+    _run.index, _run.count, _run.client = jax.process_index(), jax.process_count(), _client()
     _handle()  # JAX has just put its own handler there
 
 
@@ -244,6 +255,8 @@ def _notice(run: _Run) -> None:
 
 def _agree(run: _Run) -> None:
     try:
+        if run.joined is not None:
+            run.joined.wait(_JOINING)  # leaving now, it would have the others wait for it
         said = [run.said]
         if run.client is not None:
             run.client.key_value_set(f'{_KEYS}/notice/{run.index}', run.said)
