@@ -21,6 +21,8 @@ Expect:   published validation mIoU / pixel accuracy, by sliding windows at a si
           Evaluations during training see images in one piece, 513 pixels long; the published way is
           `--mode eval --config.eval.protocol=semseg`.
 
+Fits:     v5e:2x4 at 2.0 of 15.75 GiB a chip in bfloat16; fewer chips: see docs/scale.md.
+
 Data:     ADEChallengeData2016 as it is downloaded, in `data/ade20k` (or --config.data.root=DIR):
           images/{training,validation}/*.jpg and annotations/{training,validation}/*.png,
           20,210 and 2,000 pairs. Label 0 ('other') is ignored, 1 to 150 become 0 to 149. Or, with

@@ -24,6 +24,8 @@ Expect:   published validation mIoU / pixel accuracy (semseg's README), by slidi
           Evaluations during training see images in one piece, 2049 x 1025; the published way is
           `--mode eval --config.eval.protocol=semseg`.
 
+Fits:     v5e:2x4 at 4.1 of 15.75 GiB a chip in bfloat16; fewer chips: see docs/scale.md.
+
 Data:     leftImg8bit and gtFine in `data/cityscapes` (or --config.data.root=DIR), the latter with
           the *_labelTrainIds.png that csCreateTrainIdLabelImgs of cityscapesscripts makes. The
           lists, of 2,975 and 500 lines, are made in that folder by
