@@ -37,11 +37,13 @@ linux = pytest.mark.skipif(sys.platform != 'linux', reason='as the hosts of TPUs
 
 
 @pytest.fixture(autouse=True, scope='module')
-def _sigint_as_at_a_terminal() -> Iterator[None]:
-    """Children inherit that SIGINT is ignored, as of tests in the background, but no handler."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def _signals_as_at_a_terminal() -> Iterator[None]:
+    """Children inherit that a signal is ignored, as by nohup or in the background, no handler."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: lambda *_: None}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def call(script: str, *words: object, **variables: object) -> subprocess.CompletedProcess:
