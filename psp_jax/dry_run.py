@@ -10,7 +10,6 @@ import json
 import math
 import re
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,17 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from psp_jax import costs, inference, mesh, optimizer, protocols, report, topology, train
+from psp_jax import (
+    costs,
+    dry_run_text,
+    inference,
+    mesh,
+    optimizer,
+    protocols,
+    report,
+    topology,
+    train,
+)
 from psp_jax.command_line import whole_file
 from psp_jax.data.labels import label_space
 from psp_jax.data.pipeline import train_batches
@@ -54,13 +63,13 @@ def dry_run(config: ConfigDict, name: str, where: str | None, output: str | None
     enable_float64(config)
     run = plan(config, machine)
     result = describe(run, name, where)
-    report.say(heading(result))
+    report.say(dry_run_text.heading(result))
     result['data'] = read_batch(config)
-    report.say(data_line(result['data']))
+    report.say(dry_run_text.data_line(result['data']))
     result['train'] = train_report(run)
     result['evaluate'] = evaluate_report(run)
     result['fits'] = result['train']['fits'] and result['evaluate']['fits']
-    report.say(table(result))
+    report.say(dry_run_text.table(result))
     if output:
         with whole_file(output) as unfinished, open(unfinished, 'w') as file:
             file.write(json.dumps(result, indent=1) + '\n')
@@ -141,9 +150,7 @@ def evaluate_report(run: Run) -> dict[str, Any]:
     """
     config, machine, model, state = run.config, run.machine, run.model, run.state
     host = topology.of_one_host(machine.devices)
-    if config.mesh.data > 0:
-        host = host[: config.mesh.data * config.mesh.space]
-    local = mesh.make_mesh(-1, len(host), devices=host)
+    local = mesh.local_mesh(config.mesh.data, config.mesh.space, host)
     programs = inference.make_programs(config, model, local)
     size, reason = image_size(config)
     views = protocols.views(size, config)
@@ -163,7 +170,7 @@ def evaluate_report(run: Run) -> dict[str, Any]:
     if config.eval.protocol in protocols.SLIDING:
         canvases = min(scores * sum(cells), protocols.CANVAS_BYTES)
     else:  # the scores of one view are the program's output, those of the others wait
-        canvases = scores * (sum(cells) - max(cells)) * calls // len(host)
+        canvases = scores * (sum(cells) - max(cells)) * calls // local.size
     parts = {
         'parameters': bytes_on_device(variables['params']),
         'batch_statistics': bytes_on_device(variables['batch_stats']),
@@ -301,109 +308,3 @@ def read_batch(config: ConfigDict) -> dict[str, Any]:
         'shape': list(batch['image'].shape),
         'seconds': time.perf_counter() - start,
     }
-
-
-# ---- Text
-
-
-def heading(result: dict[str, Any]) -> str:
-    where = f'{result["topology"]}: ' if result['topology'] else ''
-    grid = result['mesh']
-    height, width = result['crop']
-    return (
-        f'dry run of {result["name"]}: PSPNet-{result["depth"]}, {result["classes"]} classes, '
-        f'{result["parameters"]:,} parameters, {result["dtype"]}, batches of '
-        f'{result["batch_size"]} x {height} x {width}\n'
-        f'on {where}{result["devices"]} x {result["device_kind"]}, {result["processes"]} '
-        f'process(es), mesh data {grid["data"]} x space {grid["space"]}; compiling, which may take '
-        'minutes'
-    )
-
-
-def data_line(data: dict[str, Any]) -> str:
-    if not data['read']:
-        return f'data: not there to be tried ({data["reason"]})'
-    shape = ' x '.join(map(str, data['shape']))
-    return (
-        f'data: {data["images"]:,} training images; the first batch, {shape}, read in '
-        f'{data["seconds"]:.1f} s'
-    )
-
-
-def size_text(count: float | None) -> str:
-    """Bytes for people."""
-    if count is None:
-        return '?'
-    for unit in ('B', 'KiB', 'MiB'):
-        if abs(count) < 1024:
-            return f'{count:.0f} B' if unit == 'B' else f'{count:.1f} {unit}'
-        count /= 1024
-    return f'{count:.2f} GiB'
-
-
-def table(result: dict[str, Any]) -> str:
-    """The figures as lines: training step and evaluation side by side, then the verdict."""
-    programs = [result['train'], result['evaluate']]
-    lines = [('', 'training step', 'evaluation')]
-
-    def row(title: str, cells: Sequence[str]) -> None:
-        first, second = cells
-        lines.append((title, first, second))
-
-    evaluation = result['evaluate']
-    row(
-        'input',
-        [
-            ' x '.join(map(str, [result['batch_size'], *result['crop']])),
-            ' x '.join(map(str, evaluation['input'][:-1])),
-        ],
-    )
-    row('FLOPs an image', [f'{p["flops_per_image"] / 1e9:,.1f} G' for p in programs])
-    lines.append(('bytes of a device', '', ''))
-    parts = dict.fromkeys(name for p in programs for name in p['bytes'] if name != 'total')
-    for name in (*parts, 'total'):
-        cells = [size_text(p['bytes'][name]) if name in p['bytes'] else '-' for p in programs]
-        row(f'  {name.replace("_", " ")}', cells)
-    row('  of', [size_text(result['memory'])] * 2)
-    row('fits', ['yes' if p['fits'] else 'no' for p in programs])
-    kinds = sorted({kind for p in programs for kind in p['collectives']})
-    if kinds:
-        lines.append(('communication of a device', '', ''))
-    for kind in kinds:
-        counts = [p['collectives'].get(kind, {'count': 0, 'bytes': 0}) for p in programs]
-        row(f'  {kind}', [f'{c["count"]} x, {size_text(c["bytes"])}' for c in counts])
-    if any('estimate' in p for p in programs):
-        estimates = [p.get('estimate') for p in programs]
-        lines.append(("by the compiler's estimate", '', ''))
-        row('  cycles', [f'{p["cycles"]:,}' if p['cycles'] else '-' for p in programs])
-        row('  time of a call', [f'{1e3 * e["seconds"]:.1f} ms' if e else '-' for e in estimates])
-        row('  images a second', [f'{e["images_per_second"]:.1f}' if e else '-' for e in estimates])
-        row('  share of the peak', [f'{e["share_of_peak"]:.1%}' if e else '-' for e in estimates])
-    row('compiled in', [report.duration(p['compile_seconds']) for p in programs])
-    text = [f'{title:<28}{first:>22}{second:>22}'.rstrip() for title, first, second in lines]
-    height, width = evaluation['image']
-    text.append(
-        f'evaluation: protocol {evaluation["protocol"]}, an image of {height} x {width} '
-        f'({evaluation["image_is"]})'
-    )
-    if result['remark']:
-        text.append(f'note: {result["remark"]}')
-    if any(p.get('unknown_loops') for p in programs):
-        text.append('note: there are loops of unknown length, counted as if they ran once')
-    text.append(verdict(result))
-    return '\n'.join(text)
-
-
-def verdict(result: dict[str, Any]) -> str:
-    """Whether it fits, in one line."""
-    if result['fits']:
-        return f'fits: every program needs less than {size_text(result["memory"])} a device'
-    parts = []
-    for name, title in (('train', 'the training step'), ('evaluate', 'evaluation')):
-        program = result[name]
-        if not program['fits']:
-            parts.append(
-                f'{title} needs {size_text(program["bytes"]["total"])} of '
-                f'{size_text(result["memory"])} a device'
-            )
-    return f'does not fit: {"; ".join(parts)}'

@@ -15,9 +15,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from psp_jax.data.labels import IGNORE
 from psp_jax.errors import UserError
+from psp_jax.losses import STRIDE
 
 CUT_IN_HEIGHT = ('image', 'label')  # arrays [B, H, W, ...] of a training batch
-_CELL = 8  # rows of an image to a row of features
 
 
 def make_mesh(
@@ -55,12 +55,13 @@ def make_mesh(
     return _mesh(devices[: data * space], space)
 
 
-def local_mesh(data: int, space: int = 1) -> Mesh:
-    """This process's own devices as a ('data', 'space') mesh for evaluation, of whole images.
+def local_mesh(data: int, space: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The `devices` of a process as a ('data', 'space') mesh for evaluation, of whole images.
 
-    At most data * space devices, all of them on 'data'; data=-1 = all.
+    By default this process's own. At most data * space of them, all on 'data'; data=-1 = all.
     """
-    return _mesh(jax.local_devices()[: data * space if data > 0 else None], 1)
+    devices = jax.local_devices() if devices is None else devices
+    return _mesh(devices[: data * space if data > 0 else None], 1)
 
 
 def _mesh(devices: Sequence[jax.Device], space: int) -> Mesh:
@@ -90,7 +91,7 @@ def is_cut(mesh: Mesh) -> bool:
 
 def padded_height(height: int, mesh: Mesh) -> int:
     """Rows of 'image' and 'label' on the mesh: whole rows of features for each device."""
-    rows = _CELL * mesh.shape['space'] if is_cut(mesh) else 1
+    rows = STRIDE * mesh.shape['space'] if is_cut(mesh) else 1
     return -(-height // rows) * rows
 
 

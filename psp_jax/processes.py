@@ -83,8 +83,7 @@ def start(address: str | None, count: int | None, index: int | None) -> None:
 def _join(address: str | None, count: int | None, index: int | None) -> None:
     import jax
 
-    environment = os.environ
-    address = address or environment.get('JAX_COORDINATOR_ADDRESS') or None
+    address = address or os.environ.get('JAX_COORDINATOR_ADDRESS') or None
     count = _number(count, 'JAX_NUM_PROCESSES')
     index = _number(index, 'JAX_PROCESS_ID')
     if count == 1 and not address:
@@ -234,13 +233,13 @@ def _listen(run: _Run, reading: int) -> None:
             except Exception:  # the server is gone: JAX ends this process
                 failed = True
                 continue
-            errors = [text for key, text in said.items() if '/failed/' in f'/{key}']
+            errors = [text for key, text in said.items() if '/failed/' in key]
             if errors:
                 code, _, text = errors[0].partition(' ')
                 print(f'psp_jax: error: {text}', file=sys.stderr, flush=True)
                 _heard(run)
                 os._exit(int(code))
-            if any('/notice/' in f'/{key}' for key in said):
+            if any('/notice/' in key for key in said):
                 _notice(run)
 
 

@@ -5,7 +5,6 @@ The compilers come with optional packages: libtpu for TPUs, jax's CUDA plugin fo
 """
 
 import importlib.util
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -183,8 +182,3 @@ def _devices(name: str, platform: str, **options: Any) -> list[jax.Device]:
 def of_one_host(devices: Sequence[jax.Device]) -> list[jax.Device]:
     """The devices of the first process."""
     return [d for d in devices if d.process_index == devices[0].process_index]
-
-
-def chips(name: str) -> int:
-    """How many 'v5e:2x4' or 'h100:2x8' has."""
-    return math.prod(int(side) for side in name.partition(':')[2].split('x'))

@@ -52,56 +52,47 @@ def install(hooks):
 
         return saving
 
-    def slow(scores, seconds):
-        def scoring(*args):
-            print('evaluating an image', flush=True)
-            time.sleep(seconds)
-            return scores(*args)
+    def slow(said):
+        def make(function, seconds):
+            def slowly(*args):
+                print(said, flush=True)
+                time.sleep(seconds)
+                return function(*args)
 
-        return scoring
+            return slowly
 
-    def slow_save(save, seconds):
-        def saving(*args):
-            print('saving', flush=True)
-            time.sleep(seconds)
-            return save(*args)
+        return make
 
-        return saving
+    def at_step(action):
+        def make(compile_step, step):
+            def compiled(*args):
+                made = compile_step(*args)
 
-    def at_step(compile_step, step, action):
-        def compiled(*args):
-            made = compile_step(*args)
+                class Lowered:
+                    def lower(self, *shapes):
+                        return self
 
-            class Lowered:
-                def lower(self, *shapes):
-                    return self
+                    def compile(self):
+                        def run(state, batch):
+                            if int(state.step) + 1 == step and concerned(hooks):
+                                action()
+                            return made(state, batch)
 
-                def compile(self):
-                    def run(state, batch):
-                        if int(state.step) + 1 == step and concerned(hooks):
-                            action()
-                        return made(state, batch)
+                        return run
 
-                    return run
+                return Lowered()
 
-            return Lowered()
+            return compiled
 
-        return compiled
+        return make
 
     hook(hooks, 'batches', train, 'train_batches', recorded)
     hook(hooks, 'term_after_save', checkpoint, 'save', deadly)
-    hook(hooks, 'slow_images', metrics, 'scores', slow)
-    hook(hooks, 'slow_save', checkpoint, 'save', slow_save)
-    hook(
-        hooks, 'hang_at', train, 'compile_step', lambda f, n: at_step(f, n, lambda: time.sleep(99))
-    )
-    hook(
-        hooks,
-        'kill_at',
-        train,
-        'compile_step',
-        lambda f, n: at_step(f, n, lambda: os.kill(os.getpid(), signal.SIGKILL)),
-    )
+    hook(hooks, 'slow_images', metrics, 'scores', slow('evaluating an image'))
+    hook(hooks, 'slow_save', checkpoint, 'save', slow('saving'))
+    hook(hooks, 'hang_at', train, 'compile_step', at_step(lambda: time.sleep(99)))
+    killed = at_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    hook(hooks, 'kill_at', train, 'compile_step', killed)
 
 
 if __name__ == '__main__':

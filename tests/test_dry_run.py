@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import scale
-from psp_jax import costs, dry_run, inference, protocols, topology
+from psp_jax import costs, dry_run, dry_run_text, inference, protocols, topology
 from psp_jax.config import resolve
 from psp_jax.errors import UserError
 from psp_jax.main import main
@@ -335,13 +335,15 @@ def test_the_first_batch_is_read_where_the_data_are(photographs):
     data = {'data.root': str(photographs), 'data.train': 'train.txt'}
     found = dry_run.read_batch(resolve(SMALL | data))
     assert found['read'] and found['images'] == 5 and found['shape'] == [8, 65, 65, 3]
-    assert dry_run.data_line(found).startswith('data: 5 training images; the first batch, 8 x 65')
+    assert dry_run_text.data_line(found).startswith(
+        'data: 5 training images; the first batch, 8 x 65'
+    )
 
 
 def test_data_that_are_not_there_are_no_error():
     found = dry_run.read_batch(resolve(SMALL | {'data.root': 'nowhere', 'data.train': 'train.txt'}))
     assert not found['read']
-    line = dry_run.data_line(found)
+    line = dry_run_text.data_line(found)
     assert line == 'data: not there to be tried (nowhere/train.txt does not exist)'
 
 

@@ -1,7 +1,6 @@
 """Evaluation against a naive loop over images, whatever the batch size and number of devices."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from several import free_port
 
 from psp_jax import protocols
 from psp_jax.config import default_config
@@ -128,10 +128,7 @@ if process == '0':
 
 def confusions(folder, environment, devices, runs, processes=1):
     """What `runs` ('PROTOCOL,BATCH_SIZE', 0 for the naive loop) count, on so many CPU devices."""
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
-    path = folder / f'{devices}x{processes}.npz'
+    port, path = free_port(), folder / f'{devices}x{processes}.npz'
     workers = [
         subprocess.Popen(
             [sys.executable, '-c', SCRIPT, *map(str, (devices, processes, i, port, path)), *runs],

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from several import flags_of_processes
 from test_resume import arrays_in
 
 from psp_jax.command_line import PREEMPTED
@@ -33,13 +33,8 @@ class Started:
     def __init__(self, folder, environment, words, hooks, count, devices):
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f'process {i}' for i in range(count)]
-        with socket.socket() as free:
-            free.bind(('localhost', 0))
-            port = free.getsockname()[1]
         self.processes = []
-        for i, log in enumerate(self.logs):
-            place = ['--coordinator_address', f'localhost:{port}', '--num_processes', count]
-            place += ['--process_id', i]
+        for log, place in zip(self.logs, flags_of_processes(count), strict=True):
             with open(log, 'w') as file:
                 command = [sys.executable, 'tests/hooked_main.py', json.dumps(hooks), *words]
                 command += place if count > 1 else []

@@ -2,13 +2,13 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from several import flags_of_processes
 
 from psp_jax import processes
 from psp_jax.errors import UserError
@@ -17,21 +17,13 @@ from psp_jax.main import main
 ROOT = Path(__file__).parents[1]
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        return free.getsockname()[1]
-
-
 @pytest.fixture(scope='module')
 def results(programs, tmp_path_factory):
     """What 1 x 8, 2 x 4 and 4 x 2 (processes x devices) come to, and what the first one prints."""
     folder, found = tmp_path_factory.mktemp('processes'), {}
     for count in (1, 2, 4):
-        address, started = f'localhost:{free_port()}', []
-        for index in range(count):
-            words = ['--coordinator_address', address, '--num_processes', count]
-            words += ['--process_id', index]
+        started = []
+        for words in flags_of_processes(count):
             command = [sys.executable, 'tests/processes_worker.py', folder / f'{count}.npz', *words]
             started.append(
                 subprocess.Popen(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from several import free_port
 from test_losses import loss_by_numpy
 
 from psp_jax.config import default_config, flatten
@@ -167,9 +167,7 @@ def test_loss_by_phases_equals_numpy(height, space, align_corners):
 
 def test_each_of_two_processes_reads_its_own_whole_images():
     """Real processes of four devices each, mesh 4 x 2: rows as without 'space'."""
-    with socket.socket() as found:
-        found.bind(('localhost', 0))
-        port = found.getsockname()[1]
+    port = free_port()
     workers = [start_worker('process', port, index) for index in (0, 1)]
     assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
 

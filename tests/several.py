@@ -1,0 +1,15 @@
+"""How tests start several processes of one run on this machine."""
+
+import socket
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        return free.getsockname()[1]
+
+
+def flags_of_processes(count: int) -> list[list[str]]:
+    """The flags by which the processes of a run find each other, those of each process."""
+    words = ['--coordinator_address', f'localhost:{free_port()}', '--num_processes', str(count)]
+    return [[*words, '--process_id', str(index)] for index in range(count)]
