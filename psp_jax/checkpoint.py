@@ -90,6 +90,8 @@ def add_metrics(
         unfinished.replace(folder / 'metrics')
     multihost_utils.sync_global_devices(f'metrics of step {step}')
     manager.reload()
+    # All have to see the same steps: a deletion waits for all, and the first process might begin.
+    multihost_utils.sync_global_devices(f'steps beside {step}')
     steps = sorted(manager.all_steps())
     for old in {*steps[:-keep]} - {manager.best_step()}:
         manager.delete(old)

@@ -44,7 +44,7 @@ many processes: the same command on each, which finds the others on Cloud TPU, S
   elsewhere by --coordinator_address, --num_processes and --process_id
 
 exit codes: 0 done, 2 an error of the user's (one line on stderr says which), 75 stopped by SIGTERM
-  (the same command goes on from a checkpoint), 130 interrupted
+  (run the same command again; training goes on from a checkpoint), 130 interrupted
 """
 
 
@@ -155,6 +155,8 @@ def run(argv: Sequence[str]) -> None:
     quieten_libraries()
     if flags.mode in ('train', 'eval'):
         processes.start(flags.coordinator_address, flags.num_processes, flags.process_id)
+    else:
+        processes.alone()
     which = flags.checkpoint or 'latest'
     if config is not None and flags.mode == 'train':
         from psp_jax import train

@@ -13,7 +13,7 @@ is the server and therefore the last to leave. All exit with PREEMPTED. A second
 process at once. Errors travel the same way: if one process fails, the others do not wait for it.
 
 JAX has a notifier of its own. It needs to be polled with steps that rise by one, hears nothing
-while the main thread is busy, and takes every further SIGTERM; so this handler takes its place.
+while the main thread is busy, and takes every further SIGTERM; so it is switched off.
 """
 
 import contextlib
@@ -49,7 +49,8 @@ class _Run:
     client: Any = None  # of JAX's coordination service; None in a run of one process
     index: int = 0
     count: int = 1
-    joined: threading.Event | None = None  # set once the processes have come together, or will not
+    # Set once the processes have come together, or will not.
+    joined: threading.Event = field(default_factory=threading.Event)
     lock: Any = field(default_factory=threading.Lock)
     said: str = ''  # after SIGTERM: 'leaving', or the last step that this process has begun
     position: int = 0
@@ -57,6 +58,7 @@ class _Run:
     wait: Callable[[], object] = lambda: None  # returns once all saving is finished
     decided: threading.Event = field(default_factory=threading.Event)
     last: int = 0  # the step that all stop after; once `decided` is set
+    failed: bool = False  # another process told of an error, which ends this one too
     over: bool = False
 
 
@@ -71,13 +73,18 @@ def start(address: str | None, count: int | None, index: int | None) -> None:
 
     Of --coordinator_address, --num_processes and --process_id, or the environment variables
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; without them as JAX finds by
-    itself on Cloud TPUs, Slurm and Open MPI. Raises UserError where they do not fit or do not come.
+    itself on Cloud TPUs, Slurm and Open MPI. Raises UserError where they do not fit. Where the
+    others do not come within INITIALIZATION_TIMEOUT, the process says so and ends as in a crash.
     """
-    _run.joined = threading.Event()
     try:
         _join(address, count, index)
     finally:
         _run.joined.set()
+
+
+def alone() -> None:
+    """Says that this process joins no others."""
+    _run.joined.set()
 
 
 def _join(address: str | None, count: int | None, index: int | None) -> None:
@@ -104,15 +111,28 @@ def _join(address: str | None, count: int | None, index: int | None) -> None:
             flush=True,
         )
 
-    timer = threading.Timer(15, still_waiting)
-    timer.daemon = True
-    timer.start()
+    def give_up() -> None:
+        print(
+            f'psp_jax: error: the {count or ""} processes did not come together within '
+            f'{INITIALIZATION_TIMEOUT} s: start all of them, with the same '
+            f'--coordinator_address={address}',
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM away
+    # JAX would end this process with pages of C++.
+    timers = threading.Timer(15, still_waiting), threading.Timer(INITIALIZATION_TIMEOUT, give_up)
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
     try:
         jax.distributed.initialize(
             address,
             count,
             index,
-            initialization_timeout=INITIALIZATION_TIMEOUT,
+            initialization_timeout=2 * INITIALIZATION_TIMEOUT,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
         )
     except ValueError as error:  # of what JAX could not find out
@@ -124,16 +144,12 @@ def _join(address: str | None, count: int | None, index: int | None) -> None:
     except RuntimeError as error:
         if not asked and 'before any JAX' in str(error):
             return  # in a Python session that computes already; a cluster starts the command line
-        reason = ' '.join(str(error).split())
-        raise UserError(
-            f'the {count or ""} processes did not come together within {INITIALIZATION_TIMEOUT} s: '
-            f'start all of them, with the same --coordinator_address={address} ({reason})'
-        ) from error
+        raise
     finally:
-        timer.cancel()
+        for timer in timers:
+            timer.cancel()
     # The client last: another thread looks whether it is there.
     _run.index, _run.count, _run.client = jax.process_index(), jax.process_count(), _client()
-    _handle()  # JAX has just put its own handler there
 
 
 def _number(value: int | None, variable: str) -> int | None:
@@ -233,10 +249,12 @@ def _listen(run: _Run, reading: int) -> None:
             except Exception:  # the server is gone: JAX ends this process
                 failed = True
                 continue
+            failed = f'{_KEYS}/failed/{run.index}' in said  # the main thread sees to it
             errors = [text for key, text in said.items() if '/failed/' in key]
-            if errors:
+            if errors and not failed:
                 code, _, text = errors[0].partition(' ')
                 print(f'psp_jax: error: {text}', file=sys.stderr, flush=True)
+                run.failed = True
                 _heard(run)
                 os._exit(int(code))
             if any('/notice/' in key for key in said):
@@ -254,8 +272,7 @@ def _notice(run: _Run) -> None:
 
 def _agree(run: _Run) -> None:
     try:
-        if run.joined is not None:
-            run.joined.wait(_JOINING)  # leaving now, it would have the others wait for it
+        run.joined.wait(_JOINING)  # leaving now, it would have the others wait for it
         said = [run.said]
         if run.client is not None:
             run.client.key_value_set(f'{_KEYS}/notice/{run.index}', run.said)
@@ -280,7 +297,7 @@ def leave() -> None:
         os._exit(1)
     if run.index == 0:
         print(
-            'psp_jax: stopped by SIGTERM; the same command goes on from the newest checkpoint',
+            'psp_jax: stopped by SIGTERM; run the same command again',
             file=sys.stderr,
             flush=True,
         )
@@ -337,7 +354,7 @@ def told_to_all() -> Iterator[None]:
         yield
     except Exception as error:
         run = _run
-        if run.said and (run.said == 'leaving' or not run.decided.wait(_PATIENCE)):
+        if run.said and (run.said == 'leaving' or not run.decided.wait(_PATIENCE)) or run.failed:
             _sleep_until_the_end()  # others have left, hence the error
         if run.client is not None:
             users = isinstance(error, UserError) or disk_is_full(error)

@@ -5,9 +5,12 @@ HOOKS is a JSON object:
     term_after_save: N  SIGTERM to itself as soon as saving step N has begun
     slow_images: S     evaluating an image takes S seconds more, and says 'evaluating an image'
     slow_save: S       so does every save, which says 'saving'
+    slow_reload: S     and looking which checkpoints there are
     hang_at: N         step N never comes to an end
     kill_at: N         SIGKILL to itself in the place of step N
     only: I            all this in process I alone
+    slow_join: S       process `only` joins the others S seconds later, and says 'joining'
+    patience: S        processes wait so long for the others to join
 """
 
 import json
@@ -19,7 +22,7 @@ from hashlib import sha256
 
 import jax
 
-from psp_jax import checkpoint, metrics, train
+from psp_jax import checkpoint, metrics, processes, train
 from psp_jax.main import main
 
 
@@ -55,13 +58,23 @@ def install(hooks):
     def slow(said):
         def make(function, seconds):
             def slowly(*args):
-                print(said, flush=True)
-                time.sleep(seconds)
+                if concerned(hooks):
+                    print(said, flush=True)
+                    time.sleep(seconds)
                 return function(*args)
 
             return slowly
 
         return make
+
+    def late(start, seconds):
+        def starting(address, count, index):
+            if index == hooks['only']:
+                print('joining', flush=True)
+                time.sleep(seconds)
+            start(address, count, index)
+
+        return starting
 
     def at_step(action):
         def make(compile_step, step):
@@ -90,6 +103,9 @@ def install(hooks):
     hook(hooks, 'term_after_save', checkpoint, 'save', deadly)
     hook(hooks, 'slow_images', metrics, 'scores', slow('evaluating an image'))
     hook(hooks, 'slow_save', checkpoint, 'save', slow('saving'))
+    hook(hooks, 'slow_reload', checkpoint.ocp.CheckpointManager, 'reload', slow('looking'))
+    hook(hooks, 'slow_join', processes, 'start', late)
+    hook(hooks, 'patience', processes, 'INITIALIZATION_TIMEOUT', lambda _, seconds: seconds)
     hook(hooks, 'hang_at', train, 'compile_step', at_step(lambda: time.sleep(99)))
     killed = at_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
     hook(hooks, 'kill_at', train, 'compile_step', killed)

@@ -18,7 +18,7 @@ from psp_jax.command_line import PREEMPTED
 from psp_jax.data.pipeline import example_index
 
 ROOT = Path(__file__).parents[1]
-STOPPED = 'psp_jax: stopped by SIGTERM; the same command goes on from the newest checkpoint'
+STOPPED = 'psp_jax: stopped by SIGTERM; run the same command again'
 PATIENCE = 240  # seconds; machines of continuous integration are slow
 
 pytestmark = [
@@ -42,7 +42,9 @@ class Started:
                     subprocess.Popen(
                         [str(word) for word in command],
                         cwd=ROOT,
-                        env=os.environ | environment | {'JAX_NUM_CPU_DEVICES': str(devices)},
+                        env=os.environ
+                        | environment
+                        | {'JAX_NUM_CPU_DEVICES': str(devices), 'PYTHONPATH': str(ROOT)},
                         stdout=file,
                         stderr=subprocess.STDOUT,
                     )
@@ -213,12 +215,45 @@ def test_sigterm_to_one_process_of_two_stops_both(start, tmp_path, which):
     }
 
 
+def test_a_slow_process_sees_the_checkpoints_that_the_other_is_about_to_remove(start, tmp_path):
+    keys = ('checkpoint_keep=1', 'checkpoint_every=99', 'eval_every=2')
+    words = [f'--config.{key}' for key in keys]
+    run = start(*words, count=2, hooks={'slow_reload': 2, 'only': 1})
+    assert run.codes() == [0, 0]
+    mious = {
+        step: json.loads((tmp_path / f'run/eval/{step}-whole/metrics.json').read_text())['mIoU']
+        for step in (2, 4, 6, 8, 10)
+    }
+    best = max(mious, key=mious.get)
+    assert steps_in(tmp_path / 'run') == sorted({str(best), '10'})
+    assert max(mious[4], mious[6], mious[8], mious[10]) > mious[2]  # one was removed so
+
+
 def test_sigterm_at_start_up_ends_both_processes(start, tmp_path):
     run = start(count=2, cache=False)
     run.await_text('parameters')
     run.send(which=1)
     assert run.codes(30) == [PREEMPTED, PREEMPTED]
     assert steps_in(tmp_path / 'run') == []
+
+
+@pytest.mark.parametrize('which', [0, 1])
+def test_sigterm_before_the_processes_have_come_together_ends_both(start, tmp_path, which):
+    run = start(count=2, hooks={'slow_join': 4, 'only': 0})
+    run.await_text('joining')
+    run.send(which=which)
+    assert run.codes(30) == [PREEMPTED, PREEMPTED]
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('dead', [0, 1])
+def test_a_process_that_never_comes_ends_the_other_as_a_crash_does(start, dead):
+    run = start(count=2, hooks={'patience': 10, 'slow_join': 99, 'only': dead})
+    run.await_text('joining', dead)
+    run.send(signal.SIGKILL, dead)
+    assert run.codes(60)[1 - dead] == 1  # neither the user's error nor preempted
+    assert 'psp_jax: error: the 2 processes did not come together' in run.text(1 - dead)
+    assert 'Traceback' not in run.text(1 - dead)
 
 
 @pytest.mark.parametrize('dead', [0, 1])
