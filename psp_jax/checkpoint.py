@@ -6,6 +6,7 @@ it. Saving is asynchronous and atomic: a checkpoint that was cut off does not co
 """
 
 import errno
+import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from psp_jax.config import from_json
-from psp_jax.errors import UserError
+from psp_jax.errors import PassingError, UserError
 
 
 class Unreadable(UserError):
@@ -32,12 +33,28 @@ class Unreadable(UserError):
 _UNREADABLE = (OSError, KeyError, TypeError, ValueError)
 
 
+# Of these a later try may know more.
+_PASSING = (TimeoutError, ConnectionError)
+_PASSING_TEXTS = ('UNAVAILABLE', 'DEADLINE_EXCEEDED', 'ABORTED', 'RESOURCE_EXHAUSTED')
+
+
+class Manager(ocp.CheckpointManager):
+    """Orbax's manager, for which torn scores are none: the step is evaluated again."""
+
+    def metrics(self, step: int) -> dict[str, Any] | None:
+        try:
+            found = super().metrics(step)
+        except _UNREADABLE:
+            return None
+        return found if isinstance(found, dict) and 'mIoU' in found else None
+
+
 def directory(workdir: str) -> epath.Path:
     path = epath.Path(workdir) / 'checkpoints'
     return path if '://' in workdir else path.absolute()
 
 
-def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
+def open_manager(workdir: str, keep: int) -> Manager:
     """A manager that keeps the newest `keep` checkpoints and the best by mIoU."""
     best = policies.BestN(
         get_metric_fn=lambda metrics: metrics['mIoU'], n=1, keep_checkpoints_without_metrics=False
@@ -55,7 +72,7 @@ def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f'{path}: cannot be written ({error.strerror}); set --workdir') from error
-    return ocp.CheckpointManager(path, options=options)
+    return Manager(path, options=options)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -64,7 +81,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in flat}
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: Any, meta: dict[str, Any]) -> None:
+def save(manager: Manager, step: int, state: Any, meta: dict[str, Any]) -> None:
     """Starts saving."""
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(unflatten_dict(named_leaves(state), sep='/')),
@@ -73,36 +90,43 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, meta: dict[str, 
     manager.save(step, args=items)
 
 
-def add_metrics(
-    manager: ocp.CheckpointManager, step: int, metrics: dict[str, Any], keep: int
-) -> None:
+def add_metrics(manager: Manager, step: int, metrics: dict[str, Any], keep: int) -> None:
     """Adds the scores of a saved step, 'mIoU' among them, and removes what is best no more.
 
     Evaluation takes its time, and the state has to be safe by then: a checkpoint is saved first and
-    gets the file that orbax would have written with it afterwards, all at once.
+    gets the file that orbax would have written with it afterwards, all at once. The first process
+    does it all, since others may see the changes of a shared disk later.
     """
     manager.wait_until_finished()
     folder = manager.directory / str(step) / 'metrics'
     if jax.process_index() == 0:
         folder.mkdir(exist_ok=True)
         unfinished = folder / 'unfinished'
-        unfinished.write_text(json.dumps(metrics))
+        with unfinished.open('w') as file:
+            file.write(json.dumps(metrics))
+            if '://' not in str(folder):
+                file.flush()
+                os.fsync(file.fileno())
         unfinished.replace(folder / 'metrics')
+        manager.reload()
+        steps = sorted(manager.all_steps())
+        for old in {*steps[:-keep]} - {manager.best_step()}:
+            # By a name that orbax cleans away, should this end in between.
+            gone = manager.directory / f'{old}{ocp.path.step.TMP_DIR_SUFFIX}'
+            (manager.directory / str(old)).rename(gone).rmtree()
     multihost_utils.sync_global_devices(f'metrics of step {step}')
     manager.reload()
-    # All have to see the same steps: a deletion waits for all, and the first process might begin.
-    multihost_utils.sync_global_devices(f'steps beside {step}')
-    steps = sorted(manager.all_steps())
-    for old in {*steps[:-keep]} - {manager.best_step()}:
-        manager.delete(old)
 
 
-def set_aside(manager: ocp.CheckpointManager, step: int) -> None:
-    """Renames a checkpoint that cannot be read: its step is to be saved again."""
+def set_aside(manager: Manager, step: int) -> str:
+    """Renames a checkpoint that cannot be read, as its step is to be saved again; the new name."""
+    names = (f'{step}.damaged{n or ""}' for n in itertools.count())
+    name = next(name for name in names if not (manager.directory / name).exists())
     if jax.process_index() == 0:
-        (manager.directory / str(step)).rename(manager.directory / f'{step}.damaged')
+        (manager.directory / str(step)).rename(manager.directory / name)
     multihost_utils.sync_global_devices(f'damaged step {step}')
     manager.reload()
+    return name
 
 
 def save_variables(workdir: str, variables: dict[str, Any], meta: dict[str, Any]) -> None:
@@ -149,11 +173,11 @@ def find(workdir: str, which: str) -> tuple[epath.Path, int]:
     return path, step
 
 
-def reader(path: epath.Path) -> ocp.CheckpointManager:
+def reader(path: epath.Path) -> Manager:
     """A manager that only reads, for a context."""
     handlers = {'state': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(read_only=True, best_fn=lambda metrics: metrics['mIoU'])
-    return ocp.CheckpointManager(path, options=options, item_handlers=handlers)
+    return Manager(path, options=options, item_handlers=handlers)
 
 
 def read_meta(path: epath.Path, step: int) -> dict[str, Any]:
@@ -238,9 +262,13 @@ def _read(path: epath.Path, step: int, arguments: dict[str, ocp.RestoreArgs]) ->
     return flatten_dict(found, sep='/')
 
 
-def cannot_be_read(path: epath.Path, error: Exception) -> Unreadable:
-    """What to tell of a checkpoint whose files are missing or broken."""
+def cannot_be_read(path: epath.Path, error: Exception) -> Exception:
+    """What to tell of a checkpoint whose files are missing or broken, or cannot be had just now."""
     reason = ' '.join(str(error).partition('[tensorstore_spec')[0].split())
+    if isinstance(error, PermissionError) or 'PERMISSION_DENIED' in reason:
+        return UserError(f'{path}: may not be read ({reason})')
+    if isinstance(error, _PASSING) or any(text in reason for text in _PASSING_TEXTS):
+        return PassingError(f'{path}: cannot be read at the moment ({reason})')
     return Unreadable(
         f'{path}: cannot be read as a checkpoint of psp_jax ({reason}). If it is damaged, remove '
         'this folder; then the one before it is the latest'

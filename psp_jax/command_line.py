@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from psp_jax.errors import UserError
+from psp_jax.errors import PassingError, UserError
 
 PREEMPTED = 75  # exit code after SIGTERM; sysexits.h: a temporary failure, to be tried again
 
@@ -100,17 +100,18 @@ def whole_file(output: str) -> Iterator[str]:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether the error, of Python or of a library's C++, says that a disk is full."""
-    return getattr(error, 'errno', None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+    """Whether the error, of Python or of a library's C++, says that a disk or a quota is full."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, 'errno', None) in full or any(os.strerror(n) in str(error) for n in full)
 
 
 def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit code, with the user's errors as a line on stderr."""
     try:
         run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
+    except (UserError, PassingError) as error:
         print(f'psp_jax: error: {error}', file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print('psp_jax: interrupted', file=sys.stderr)
         return 130

@@ -1,9 +1,13 @@
-"""The one kind of error that is the user's to mend."""
+"""Errors that the command line prints as one line."""
 
 
 class UserError(Exception):
     """Bad input: the message is one line that names the culprit and the remedy.
 
     The command line prints it without a traceback and exits with code 2; anything else that is
-    raised is a bug of ours and keeps its traceback.
+    raised, but for PassingError, is a bug of ours and keeps its traceback.
     """
+
+
+class PassingError(Exception):
+    """What the same command may not meet again, such as a disk that did not answer: exit code 1."""

@@ -323,6 +323,8 @@ def evaluate_checkpoint(
     Of a split without labels it writes the predictions alone.
     """
     path, step = checkpoint.find(workdir, which)
+    # While the run goes on, another process may have found another one.
+    step = int(multihost_utils.broadcast_one_to_all(np.asarray(step)))
     config = config or checkpoint.config_of(path, step, overrides)
     folder, where = folder_of(workdir, step, config), path / str(step)
     try:

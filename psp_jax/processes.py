@@ -30,11 +30,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from psp_jax import cluster
 from psp_jax.command_line import PREEMPTED, disk_is_full
-from psp_jax.errors import UserError
+from psp_jax.errors import PassingError, UserError
 
-INITIALIZATION_TIMEOUT = 300  # seconds that processes wait for the last one to start
-HEARTBEAT_TIMEOUT = 100  # seconds after which a process that went silent counts as dead
 _POLL = 0.25  # seconds between looks at what the other processes say
 _JOINING = 10  # seconds that SIGTERM waits for the other processes to be there to be told
 _PATIENCE = 60  # seconds that processes wait for what others have to say at the end
@@ -69,15 +68,15 @@ _run = _Run()  # signals belong to a process, not to an object
 
 
 def start(address: str | None, count: int | None, index: int | None) -> None:
-    """Joins the other processes of the run, if there are any; before anything else uses JAX.
-
-    Of --coordinator_address, --num_processes and --process_id, or the environment variables
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; without them as JAX finds by
-    itself on Cloud TPUs, Slurm and Open MPI. Raises UserError where they do not fit. Where the
-    others do not come within INITIALIZATION_TIMEOUT, the process says so and ends as in a crash.
-    """
+    """Joins the other processes of the run, if there are any, by `cluster.join`."""
     try:
-        _join(address, count, index)
+        client = cluster.join(address, count, index)
+        if client is not None:
+            import jax
+
+            _run.index, _run.count = jax.process_index(), jax.process_count()
+            _handle()  # some devices come with a handler of their own
+        _run.client = client  # last: another thread looks whether it is there
     finally:
         _run.joined.set()
 
@@ -85,86 +84,6 @@ def start(address: str | None, count: int | None, index: int | None) -> None:
 def alone() -> None:
     """Says that this process joins no others."""
     _run.joined.set()
-
-
-def _join(address: str | None, count: int | None, index: int | None) -> None:
-    import jax
-
-    address = address or os.environ.get('JAX_COORDINATOR_ADDRESS') or None
-    count = _number(count, 'JAX_NUM_PROCESSES')
-    index = _number(index, 'JAX_PROCESS_ID')
-    if count == 1 and not address:
-        return  # alone, whatever cluster this is
-    asked = address is not None or count is not None or index is not None
-    if asked and (address is None or ':' not in address):
-        raise UserError(
-            f'--coordinator_address={address}: must be HOST:PORT of the first process, the same '
-            'for all; --num_processes 1 alone runs one process'
-        )
-    if count is not None and not 0 <= (index or 0) < count:
-        raise UserError(f'--process_id={index}: must be from 0 to {count - 1}')
-
-    def still_waiting() -> None:
-        print(
-            f'psp_jax: waiting for the other processes ({INITIALIZATION_TIMEOUT} s at most)',
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def give_up() -> None:
-        print(
-            f'psp_jax: error: the {count or ""} processes did not come together within '
-            f'{INITIALIZATION_TIMEOUT} s: start all of them, with the same '
-            f'--coordinator_address={address}',
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
-
-    jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM away
-    # JAX would end this process with pages of C++.
-    timers = threading.Timer(15, still_waiting), threading.Timer(INITIALIZATION_TIMEOUT, give_up)
-    for timer in timers:
-        timer.daemon = True
-        timer.start()
-    try:
-        jax.distributed.initialize(
-            address,
-            count,
-            index,
-            initialization_timeout=2 * INITIALIZATION_TIMEOUT,
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
-        )
-    except ValueError as error:  # of what JAX could not find out
-        if not asked:
-            return
-        raise UserError(
-            f'--coordinator_address={address}: also set --num_processes and --process_id ({error})'
-        ) from error
-    except RuntimeError as error:
-        if not asked and 'before any JAX' in str(error):
-            return  # in a Python session that computes already; a cluster starts the command line
-        raise
-    finally:
-        for timer in timers:
-            timer.cancel()
-    # The client last: another thread looks whether it is there.
-    _run.index, _run.count, _run.client = jax.process_index(), jax.process_count(), _client()
-
-
-def _number(value: int | None, variable: str) -> int | None:
-    text = os.environ.get(variable, '')
-    if value is not None or not text:
-        return value
-    if not text.isdecimal():
-        raise UserError(f'{variable}={text}: must be a number')
-    return int(text)
-
-
-def _client() -> Any:
-    from jax._src import distributed  # no public way to the key-value store, as orbax's own code
-
-    return distributed.global_state.client
 
 
 def table() -> list[str]:
@@ -176,7 +95,7 @@ def table() -> list[str]:
     if _run.client is None:
         return [f'process 0 on {own}']
     _run.client.key_value_set(f'{_KEYS}/host/{_run.index}', own)
-    hosts = [_read('host', i, INITIALIZATION_TIMEOUT) for i in range(_run.count)]
+    hosts = [_read('host', i, cluster.INITIALIZATION_TIMEOUT) for i in range(_run.count)]
     return [f'process {i} on {host}' for i, host in enumerate(hosts)]
 
 
@@ -246,8 +165,7 @@ def _listen(run: _Run, reading: int) -> None:
         elif run.client is not None and not failed:
             try:
                 said = dict(run.client.key_value_dir_get(_KEYS))
-            except Exception:  # the server is gone: JAX ends this process
-                failed = True
+            except Exception:  # if the server is gone, JAX ends this process
                 continue
             failed = f'{_KEYS}/failed/{run.index}' in said  # the main thread sees to it
             errors = [text for key, text in said.items() if '/failed/' in key]
@@ -294,7 +212,7 @@ def leave() -> None:
     except BaseException as error:
         reason = ' '.join(str(error).split())
         print(f'psp_jax: error: the last save failed: {reason}', file=sys.stderr, flush=True)
-        os._exit(1)
+        os._exit(2 if disk_is_full(error) else 1)
     if run.index == 0:
         print(
             'psp_jax: stopped by SIGTERM; run the same command again',
@@ -358,7 +276,8 @@ def told_to_all() -> Iterator[None]:
             _sleep_until_the_end()  # others have left, hence the error
         if run.client is not None:
             users = isinstance(error, UserError) or disk_is_full(error)
-            code, text = (2, error) if users else (1, repr(error))
+            told = users or isinstance(error, PassingError)
+            code, text = 2 if users else 1, error if told else repr(error)
             text = ' '.join(f'{code} process {run.index}: {text}'.split())
             with contextlib.suppress(Exception):
                 run.client.key_value_set(f'{_KEYS}/failed/{run.index}', text)
@@ -367,9 +286,9 @@ def told_to_all() -> Iterator[None]:
 
 
 def ended(run: Callable[[], int]) -> int:
-    """The exit code that `run` returns; ends the process itself after an error among several.
+    """The exit code that `run` returns, once all processes of the run have come to an end.
 
-    JAX would wait there for processes that are not going to come.
+    Ends this process itself after an error: JAX would wait for processes that will not come.
     """
     try:
         code = run()
@@ -381,7 +300,24 @@ def ended(run: Callable[[], int]) -> int:
     if code and _run.client is not None:
         sys.stdout.flush()
         os._exit(code)
+    if _run.client is not None:
+        _end_together(_run)
     return code
+
+
+def _end_together(run: _Run) -> None:
+    """Returns once all processes are here; until then this one hears what the others say.
+
+    JAX itself would wait for them too, but deaf, and for some minutes at most.
+    """
+    with run.lock:
+        run.may_leave, said = True, run.said
+    if said == 'leaving':
+        _sleep_until_the_end()
+    run.client.key_value_set(f'{_KEYS}/done/{run.index}', '')
+    for i in range(run.count):
+        while f'{_KEYS}/done/{i}' not in dict(run.client.key_value_dir_get(f'{_KEYS}/done')):
+            time.sleep(_POLL)
 
 
 def _heard(run: _Run) -> None:

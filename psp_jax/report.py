@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import cv2
 import jax
 import numpy as np
 import tensorflow as tf
+from jax.experimental import multihost_utils
 
 from psp_jax.data.labels import IGNORE, LabelSpace, palette
 
@@ -75,19 +77,27 @@ class Skips:
     def __init__(self, workdir: str, first: int):
         index = jax.process_index()
         self.path = f'{workdir}/skipped{f"-{index}" if index else ""}.jsonl'
-        self.count = _take_back(self.path, lambda values: values['position'] < first)
+        if index == 0:  # of all, for there may have been more processes
+            for name in tf.io.gfile.listdir(workdir):
+                if re.fullmatch(r'skipped(-\d+)?\.jsonl', name):
+                    _take_back(f'{workdir}/{name}', lambda values: values['position'] < first)
+        multihost_utils.sync_global_devices('skipped examples')
+        self.count = 0
+        if tf.io.gfile.exists(self.path):
+            with tf.io.gfile.GFile(self.path) as file:
+                self.count = len(file.read().splitlines())
 
     def add(self, position: int, text: str) -> None:
         self.count += 1
         with tf.io.gfile.GFile(self.path, 'a') as file:
             file.write(json.dumps({'position': position, 'error': text}) + '\n')
-        print(f'skipped, the {self.count}. of this run: {text}', file=sys.stderr, flush=True)
+        print(f'skipped, the {self.count}. of this process: {text}', file=sys.stderr, flush=True)
 
 
-def _take_back(path: str, stays: Callable[[dict[str, Any]], bool]) -> int:
-    """Removes the other lines of a file of JSON lines, if it is there; returns how many stay."""
+def _take_back(path: str, stays: Callable[[dict[str, Any]], bool]) -> None:
+    """Removes the other lines of a file of JSON lines, if it is there."""
     if not tf.io.gfile.exists(path):
-        return 0
+        return
     with tf.io.gfile.GFile(path) as file:
         lines = file.read().splitlines()
     kept = []
@@ -98,7 +108,6 @@ def _take_back(path: str, stays: Callable[[dict[str, Any]], bool]) -> int:
     with tf.io.gfile.GFile(f'{path}.new', 'w') as file:
         file.write(''.join(kept))
     tf.io.gfile.rename(f'{path}.new', path, overwrite=True)
-    return len(kept)
 
 
 class Speed:

@@ -11,9 +11,8 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from psp_jax import checkpoint, evaluate, import_weights, optimizer, processes, report
-from psp_jax.checkpoint import named_leaves
-from psp_jax.config import from_json, resume_differences, to_json
+from psp_jax import checkpoint, evaluate, import_weights, optimizer, processes, report, resume
+from psp_jax.config import to_json
 from psp_jax.data.pipeline import example_index, train_batches
 from psp_jax.data.sources import Source, check_source, make_source
 from psp_jax.errors import UserError
@@ -129,12 +128,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
 
     # ---- Data: bad files are found before anything is compiled
     source, eval_source = (make_source(config.data, s) for s in ('train', config.eval.split))
-    for checked in (source, eval_source):
-        check_source(checked)
+    note = check_source(source, skip=config.data.on_error == 'skip')
+    check_source(eval_source)
     report.say(
         f'data: {source.length} training images, {eval_source.length} of '
         f'{config.eval.split!r}; {config.total_steps} steps of {config.batch_size} are '
-        f'{config.total_steps * config.batch_size / source.length:.1f} epochs'
+        f'{config.total_steps * config.batch_size / source.length:.1f} epochs{note}'
     )
     if config.batch_size != config.optimizer.recipe_batch_size:
         report.say(
@@ -158,7 +157,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     first = 0
     if manager.latest_step():
         target = on_devices(jax.eval_shape(make_state), mesh)
-        first, state = newest_state(manager, config, source, target)
+        first, state = resume.newest_state(manager, config, source, target)
         report.say(f'continuing from step {first} of {manager.directory / str(first)}')
     elif manager.latest_step() == 0:
         raise UserError(
@@ -167,7 +166,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
         )
     elif config.init_from:
         shapes = jax.eval_shape(make_state)
-        wanted = named_leaves({'params': shapes.params, 'batch_stats': shapes.batch_stats})
+        wanted = checkpoint.named_leaves(
+            {'params': shapes.params, 'batch_stats': shapes.batch_stats}
+        )
         weights = import_weights.load(config.init_from, config, wanted)
         state = import_weights.replace(make_state(), weights.arrays)
         report.say('init_from: ' + '; '.join(weights.report))
@@ -285,41 +286,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
 def due(step: int, config: ConfigDict) -> bool:
     """Whether a step is evaluated."""
     return step > 0 and (step % config.eval_every == 0 or step == config.total_steps)
-
-
-def newest_state(
-    manager: Any, config: ConfigDict, source: Source, target: Any
-) -> tuple[int, TrainState]:
-    """Step and state of the newest checkpoint that can be read; damaged ones are set aside.
-
-    Raises UserError where it is of another run, or none can be read.
-    """
-    damaged: dict[int, checkpoint.Unreadable] = {}
-    for step in sorted(manager.all_steps(), reverse=True):
-        path = manager.directory / str(step)
-        try:
-            check_resume(checkpoint.read_meta(manager.directory, step), config, source, path)
-            state = checkpoint.restore(manager.directory, step, target)
-        except checkpoint.Unreadable as error:
-            damaged[step] = error
-            continue
-        for other, why in damaged.items():
-            checkpoint.set_aside(manager, other)
-            report.say(f'skipped, and renamed to {other}.damaged: {why}')
-        return step, state
-    raise next(iter(damaged.values()))
-
-
-def check_resume(meta: dict[str, Any], config: ConfigDict, source: Source, where: Any) -> None:
-    """Raises UserError where a resumed run would not be the run that was begun."""
-    differences = resume_differences(from_json(meta['config']), config)
-    if meta['examples'] != source.length:  # the order of the examples depends on their number
-        differences.append(f'training images: {meta["examples"]} then, {source.length} now')
-    if differences:
-        raise UserError(
-            f'{where} was trained otherwise: {"; ".join(differences)}. Use the same values, or '
-            'another --workdir'
-        )
 
 
 def not_finite(step: int, loss: float, source: Source, config: ConfigDict) -> str:

@@ -6,11 +6,13 @@ HOOKS is a JSON object:
     slow_images: S     evaluating an image takes S seconds more, and says 'evaluating an image'
     slow_save: S       so does every save, which says 'saving'
     slow_reload: S     and looking which checkpoints there are
+    slow_report: S     and the report of --mode eval, which says 'reporting'
     hang_at: N         step N never comes to an end
     kill_at: N         SIGKILL to itself in the place of step N
     only: I            all this in process I alone
     slow_join: S       process `only` joins the others S seconds later, and says 'joining'
     patience: S        processes wait so long for the others to join
+    joining: S         and so long after SIGTERM
 """
 
 import json
@@ -22,7 +24,7 @@ from hashlib import sha256
 
 import jax
 
-from psp_jax import checkpoint, metrics, processes, train
+from psp_jax import checkpoint, cluster, evaluate, metrics, processes, train
 from psp_jax.main import main
 
 
@@ -103,9 +105,11 @@ def install(hooks):
     hook(hooks, 'term_after_save', checkpoint, 'save', deadly)
     hook(hooks, 'slow_images', metrics, 'scores', slow('evaluating an image'))
     hook(hooks, 'slow_save', checkpoint, 'save', slow('saving'))
+    hook(hooks, 'slow_report', evaluate, 'write_result', slow('reporting'))
     hook(hooks, 'slow_reload', checkpoint.ocp.CheckpointManager, 'reload', slow('looking'))
     hook(hooks, 'slow_join', processes, 'start', late)
-    hook(hooks, 'patience', processes, 'INITIALIZATION_TIMEOUT', lambda _, seconds: seconds)
+    hook(hooks, 'patience', cluster, 'INITIALIZATION_TIMEOUT', lambda _, seconds: seconds)
+    hook(hooks, 'joining', processes, '_JOINING', lambda _, seconds: seconds)
     hook(hooks, 'hang_at', train, 'compile_step', at_step(lambda: time.sleep(99)))
     killed = at_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
     hook(hooks, 'kill_at', train, 'compile_step', killed)

@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from psp_jax import checkpoint
-from psp_jax.errors import UserError
+from psp_jax.errors import PassingError, UserError
 from psp_jax.state import TrainState
 
 META = {'config': '{"seed": 0}', 'versions': {'jax': '0'}}
@@ -320,3 +320,47 @@ def test_a_folder_that_may_not_be_written_says_so_before_training(tmp_path):
         pytest.skip('root may write anywhere')
     with pytest.raises(UserError, match='cannot be written'):
         checkpoint.open_manager(str(tmp_path), 1)
+
+
+@pytest.mark.parametrize('step', [1, 2])
+@pytest.mark.parametrize('text', ['', '\0\0', '{"mIoU": 0.', '{}', '[1]'])
+def test_torn_scores_count_as_none(tmp_path, step, text):
+    """A file of scores that a power cut left empty or cut off, of the newest or an older step."""
+    folder = save(tmp_path / 'run', {1: 0.5, 2: 0.25})
+    (folder / str(step) / 'metrics/metrics').write_text(text)
+    scores = {1: {'mIoU': 0.5}, 2: {'mIoU': 0.25}}
+    with checkpoint.open_manager(str(tmp_path / 'run'), 2) as manager:
+        assert manager.metrics(step) is None and manager.metrics(3 - step) == scores[3 - step]
+        assert manager.latest_step() == 2
+        checkpoint.add_metrics(manager, step, scores[step], 1)  # the evaluation made up for
+    assert checkpoint.find(str(tmp_path / 'run'), 'best') == (folder, 1)
+    assert steps_in(folder) == [1, 2]
+
+
+def test_a_step_may_be_damaged_twice(two):
+    with checkpoint.open_manager(str(two.parent), 2) as manager:
+        assert checkpoint.set_aside(manager, 2) == '2.damaged'
+        checkpoint.save(manager, 2, a_state(2), META)
+        manager.wait_until_finished()
+        assert checkpoint.set_aside(manager, 2) == '2.damaged1'
+        assert list(manager.all_steps()) == [1]
+    assert sorted(path.name for path in two.iterdir()) == ['1', '2.damaged', '2.damaged1']
+
+
+@pytest.mark.parametrize(
+    ('error', 'kind'),
+    [
+        (TimeoutError('no answer'), PassingError),
+        (ValueError('UNAVAILABLE: no route to the bucket'), PassingError),
+        (PermissionError('Permission denied'), UserError),
+        (ValueError('NOT_FOUND: no such chunk'), checkpoint.Unreadable),
+    ],
+)
+def test_a_disk_that_does_not_answer_is_not_taken_for_damage(two, monkeypatch, error, kind):
+    def failing(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(ocp.Checkpointer, 'restore', failing)
+    with pytest.raises(Exception, match=str(error)) as caught:
+        checkpoint.restore(two, 2, shapes(a_state()))
+    assert type(caught.value) is kind

@@ -429,7 +429,9 @@ def test_a_truncated_jpeg_in_mid_run_is_named_and_the_run_can_go_on(
     words = ['--config', small_config, '--workdir', workdir, f'--config.data.root={spoilt}']
     process = python('-m', 'psp_jax.main', *words, '--config.data.on_error=skip')
     assert process.returncode == 0 and 'continuing from step 1' in process.stdout
-    start = f'skipped, the 1. of this run: {spoilt}/bad.jpg cannot be decoded (image file is trunc'
+    start = (
+        f'skipped, the 1. of this process: {spoilt}/bad.jpg cannot be decoded (image file is trunc'
+    )
     assert process.stderr.startswith(start) and process.stderr.count('\n') == 1
     (line,) = (workdir / 'skipped.jsonl').read_text().splitlines()
     assert json.loads(line)['position'] in (4, 5) and 'bad.jpg' in json.loads(line)['error']

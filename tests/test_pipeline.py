@@ -16,7 +16,7 @@ from PIL import Image
 import psp_jax
 from psp_jax.data.pipeline import example_index, read_ahead, train_batches
 from psp_jax.data.sources import Source, make_source
-from psp_jax.errors import UserError
+from psp_jax.errors import PassingError, UserError
 
 
 def config_of(**changes):
@@ -222,8 +222,19 @@ def test_a_bad_example_is_skipped_deterministically_and_told():
 
 def test_where_every_example_is_bad_skipping_ends_too():
     config = config_of(data={**PLAIN, 'on_error': 'skip'})
-    with pytest.raises(UserError, match='picture . cannot be decoded'):
+    gives_up = r'picture . cannot be decoded \(nor can the next 7: data.on_error=skip gives up\)'
+    with pytest.raises(UserError, match=gives_up):
         batches(spoilt(numbered_source(5), set(range(5))), config, steps=1)
+
+
+@pytest.mark.parametrize('on_error', ['stop', 'skip'])
+def test_an_example_that_cannot_be_had_just_now_is_not_skipped(on_error):
+    def unanswered(index):
+        raise PassingError(f'picture {index} did not come')
+
+    config = config_of(data={**PLAIN, 'on_error': on_error})
+    with pytest.raises(PassingError, match='picture . did not come'):
+        batches(Source(5, str, unanswered), config, steps=1)
 
 
 def test_a_bug_in_reading_is_not_taken_for_bad_data():

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,7 +107,8 @@ def last_step(text):
 
 
 def assert_same_arrays(one, other):
-    one, other = arrays_in(one), arrays_in(other)
+    """Of two checkpoints, or of what `arrays_in` gave of them."""
+    one, other = (x if isinstance(x, dict) else arrays_in(x) for x in (one, other))
     assert one.keys() == other.keys()
     assert [name for name in one if one[name].tobytes() != other[name].tobytes()] == []
 
@@ -133,6 +135,14 @@ def test_nothing_is_lost(start, trained, tmp_path):
     assert int(step) == last_step(run.text()) and 2 <= int(step) <= 4
     before = arrays_in(workdir / 'checkpoints' / step)
 
+    run = start(cache=False)
+    run.await_text('continuing from step')
+    time.sleep(1)
+    run.send()
+    assert run.codes(15) == [PREEMPTED] and 'compiled in' not in run.text()
+    assert steps_in(workdir) == [step]
+    assert_same_arrays(workdir / 'checkpoints' / step, before)
+
     run = start(hooks={'slow_images': 3})
     run.await_text('continuing from step')
     run.await_text('evaluating an image')
@@ -140,7 +150,7 @@ def test_nothing_is_lost(start, trained, tmp_path):
     assert run.codes(15) == [PREEMPTED]
     assert run.text().count('evaluating an image') <= 2  # of three
     assert steps_in(workdir) == [step, '5']
-    assert arrays_in(workdir / 'checkpoints' / step).keys() == before.keys()
+    assert_same_arrays(workdir / 'checkpoints' / step, before)
     assert not (workdir / 'checkpoints/5/metrics').exists()
 
     run = start('--config.checkpoint_every=8', hooks={'term_after_save': 8})
@@ -215,6 +225,61 @@ def test_sigterm_to_one_process_of_two_stops_both(start, tmp_path, which):
     }
 
 
+def test_sigterm_to_both_processes_at_once(start, tmp_path):
+    run = start(count=2)
+    run.await_text(r'step +2/10')
+    for which in (0, 1):
+        run.send(which=which)
+    assert run.codes() == [PREEMPTED, PREEMPTED]
+    (step,) = steps_in(tmp_path / 'run')
+    assert int(step) == last_step(run.text()) and 2 <= int(step) <= 4
+
+
+@pytest.mark.parametrize('which', [0, 1])
+def test_sigterm_while_the_first_process_reports_an_evaluation(start, trained, tmp_path, which):
+    """The second has finished by then, and is not alone in ending well."""
+    shutil.copytree(trained.workdir, tmp_path / 'run')
+    run = start('--mode', 'eval', count=2, hooks={'slow_report': 9, 'only': 0})
+    run.await_text('reporting')
+    time.sleep(4)
+    run.send(which=which)
+    assert run.codes(30) == [PREEMPTED, PREEMPTED]
+    assert STOPPED in run.text(0) and 'error' not in run.text(0) + run.text(1)
+
+
+def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(start, trained, tmp_path):
+    shutil.copytree(trained.workdir, tmp_path / 'run')
+    for file in (tmp_path / 'run/checkpoints/10/state').rglob('*'):
+        if file.is_file():
+            file.write_bytes(b'')
+    run = start(count=2)
+    assert run.codes() == [0, 0]
+    assert 'continuing from step 5' in run.text()
+    assert run.text().count('skipped, and renamed to 10.damaged') == 1
+    assert steps_in(tmp_path / 'run') == ['10', '10.damaged', '5']
+
+
+@pytest.mark.parametrize(('count', 'devices'), [(1, 2), (2, 1)])
+def test_a_checkpoint_goes_on_elsewhere_with_the_same_loss(
+    start, trained, tmp_path, count, devices, measured
+):
+    """The step after a checkpoint of one device, on two and in two processes."""
+    shutil.copytree(trained.workdir, tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run/checkpoints/10')
+    run = start(count=count, devices=devices)
+    run.await_text(r'step +7/10')
+    run.send()
+    assert run.codes() == [PREEMPTED] * count and 'continuing from step 5' in run.text()
+    mine, theirs = (
+        next(row for row in map(json.loads, text) if row['step'] == 6)['loss']
+        for text in (
+            (folder / 'metrics.jsonl').read_text().splitlines()
+            for folder in (tmp_path / 'run', trained.workdir)
+        )
+    )
+    measured(f'loss after restoring on {count} x {devices}', abs(mine / theirs - 1), 1e-5)
+
+
 def test_a_slow_process_sees_the_checkpoints_that_the_other_is_about_to_remove(start, tmp_path):
     keys = ('checkpoint_keep=1', 'checkpoint_every=99', 'eval_every=2')
     words = [f'--config.{key}' for key in keys]
@@ -239,10 +304,10 @@ def test_sigterm_at_start_up_ends_both_processes(start, tmp_path):
 
 @pytest.mark.parametrize('which', [0, 1])
 def test_sigterm_before_the_processes_have_come_together_ends_both(start, tmp_path, which):
-    run = start(count=2, hooks={'slow_join': 4, 'only': 0})
+    run = start(count=2, hooks={'slow_join': 4, 'only': 0, 'joining': PATIENCE})
     run.await_text('joining')
     run.send(which=which)
-    assert run.codes(30) == [PREEMPTED, PREEMPTED]
+    assert run.codes() == [PREEMPTED, PREEMPTED]
     assert not (tmp_path / 'run').exists()
 
 
@@ -251,7 +316,7 @@ def test_a_process_that_never_comes_ends_the_other_as_a_crash_does(start, dead):
     run = start(count=2, hooks={'patience': 10, 'slow_join': 99, 'only': dead})
     run.await_text('joining', dead)
     run.send(signal.SIGKILL, dead)
-    assert run.codes(60)[1 - dead] == 1  # neither the user's error nor preempted
+    assert run.codes()[1 - dead] == 1  # neither the user's error nor preempted
     assert 'psp_jax: error: the 2 processes did not come together' in run.text(1 - dead)
     assert 'Traceback' not in run.text(1 - dead)
 
@@ -259,8 +324,9 @@ def test_a_process_that_never_comes_ends_the_other_as_a_crash_does(start, dead):
 @pytest.mark.parametrize('dead', [0, 1])
 def test_a_process_that_dies_does_not_leave_the_other_waiting(start, tmp_path, dead):
     """The stated time: two minutes, of which JAX's heartbeat takes 100 s."""
-    run = start(count=2, hooks={'kill_at': 3, 'only': dead})
-    codes = run.codes(120 + PATIENCE)
+    run = start(count=2, hooks={'kill_at': 4, 'only': dead})
+    run.await_text(r'step +2/10')
+    codes = run.codes(120)
     assert codes[dead] == -signal.SIGKILL
     assert codes[1 - dead] not in (0, 2, PREEMPTED)
 
@@ -280,6 +346,13 @@ def test_an_error_of_one_process_ends_all_with_its_line(start, photographs, tmp_
     assert f'psp_jax: error: {line}' in run.text(1)
     assert f'psp_jax: error: process 1: {line}' in run.text(0)
     assert 'Traceback' not in run.text(0) + run.text(1)
+
+    run = start(f'--config.data.train={tmp_path}/train.txt', '--config.data.on_error=skip', count=2)
+    assert run.codes() == [0, 0]
+    assert f'psp_jax: error: {line}' not in run.text(1) and f': {line}' in run.text(1)
+    (row,) = map(json.loads, (tmp_path / 'run/skipped-1.jsonl').read_text().splitlines())
+    assert line in row['error'] and row['position'] == place.tolist().index(bad)
+    assert not (tmp_path / 'run/skipped.jsonl').exists()
 
 
 def test_a_run_goes_on_with_other_processes_and_devices(start, trained, tmp_path):

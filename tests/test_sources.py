@@ -1,3 +1,4 @@
+import errno
 import os
 import struct
 import zlib
@@ -8,10 +9,10 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from psp_jax.data import scenes
+from psp_jax.data import decode, scenes
 from psp_jax.data.labels import label_space
 from psp_jax.data.sources import Source, check_source, make_source
-from psp_jax.errors import UserError
+from psp_jax.errors import PassingError, UserError
 
 CLASSES = 5
 
@@ -406,6 +407,40 @@ def test_the_check_reports_the_first_bad_example(folder):
 
     with pytest.raises(UserError, match='^example 10 is bad$'):
         check_source(Source(20, str, broken))
+
+
+def test_where_bad_examples_are_skipped_the_check_lets_some_pass(folder):
+    lines = ['image.png label.png'] * 100
+    lines[50] = 'gone.png label.png'
+    (folder / 'train.txt').write_text('\n'.join(lines))
+    said = check_source(make_source(data_of(folder), 'train'), 100, skip=True)
+    assert said == '; of 100 that were tried 1 cannot be read'
+    assert check_source(Source(3, str, lambda i: (i, i)), skip=True) == ''
+    (folder / 'train.txt').write_text('\n'.join(['gone.png lost.png', *lines[:1]]))
+    check_source(make_source(data_of(folder), 'train'), skip=True)
+    (folder / 'train.txt').write_text('\n'.join(['gone.png lost.png', 'gone.png label.png']))
+    with pytest.raises(UserError, match=r'/gone.png does not exist \(and 2 more of 4 files\)'):
+        check_source(make_source(data_of(folder), 'train'), skip=True)
+
+
+def test_a_disk_that_does_not_answer_is_asked_again(folder, monkeypatch):
+    content, answers = (folder / 'image.png').read_bytes(), []
+
+    def answering(*args):
+        if answers.pop():
+            return open(*args)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(decode, 'open', answering, raising=False)
+    monkeypatch.setattr(decode, '_PAUSES', (0, 0))
+    answers[:] = [True, False, False]
+    assert decode.read_bytes(str(folder / 'image.png')) == content
+    answers[:] = [False] * 3
+    with pytest.raises(PassingError, match='image.png cannot be read: Input/output error'):
+        decode.read_bytes(str(folder / 'image.png'))
+    with pytest.raises(UserError, match='Is a directory'):
+        answers[:] = [True]
+        decode.read_bytes(str(folder))
 
 
 # ---- real files

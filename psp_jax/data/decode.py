@@ -1,7 +1,10 @@
 """From the bytes of a picture or a label map to arrays, and the errors of those that are bad."""
 
+import contextlib
+import errno
 import io
 import os
+import time
 from typing import Any
 
 import cv2
@@ -9,7 +12,13 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from psp_jax.data.labels import IGNORE
-from psp_jax.errors import UserError
+from psp_jax.errors import PassingError, UserError
+
+# A disk or a network that does not answer, unlike a file that is not there or may not be read.
+_PASSING = {errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET, errno.ECONNABORTED}
+_PASSING |= {errno.EAGAIN, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+_PASSING_CODES = {4, 8, 10, 14}  # deadline exceeded, exhausted, aborted, unavailable: TensorFlow's
+_PAUSES = (1, 4)  # seconds before such a file is tried again
 
 
 def read_image(path: str) -> np.ndarray:
@@ -119,7 +128,20 @@ def to_classes(
 
 
 def read_bytes(path: str) -> bytes:
-    """The content of a file; raises UserError where there is none or it cannot be read."""
+    """The content of a file.
+
+    Raises UserError where there is none or it cannot be read, and PassingError where a disk or a
+    bucket does not answer, after some tries.
+    """
+    if '://' not in path:  # TensorFlow tries again by itself
+        for pause in _PAUSES:
+            with contextlib.suppress(PassingError):
+                return _read_bytes(path)
+            time.sleep(pause)
+    return _read_bytes(path)
+
+
+def _read_bytes(path: str) -> bytes:
     try:
         if '://' in path:
             with gfile().GFile(path, 'rb') as file:
@@ -129,11 +151,14 @@ def read_bytes(path: str) -> bytes:
     except FileNotFoundError:
         raise UserError(f'{path} does not exist') from None
     except OSError as error:
-        raise UserError(f'{path} cannot be read: {error.strerror or error}') from None
+        kind = PassingError if error.errno in _PASSING else UserError
+        raise kind(f'{path} cannot be read: {error.strerror or error}') from None
     except Exception as error:
         if '://' not in path:
             raise
-        raise UserError(f'{path} cannot be read: {" ".join(str(error).split())}') from error
+        passing = getattr(error, 'error_code', None) in _PASSING_CODES
+        kind = PassingError if passing else UserError
+        raise kind(f'{path} cannot be read: {" ".join(str(error).split())}') from error
 
 
 def exists(path: str) -> bool:

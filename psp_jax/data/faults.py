@@ -21,7 +21,7 @@ from tqdm import tqdm
 from psp_jax.data.decode import decode_image, decode_label
 from psp_jax.data.labels import IGNORE, label_space, label_table
 from psp_jax.data.sources import Encoded, Source, files_source, make_source, path_pairs
-from psp_jax.errors import UserError
+from psp_jax.errors import PassingError, UserError
 
 FEW = 0.05  # share of labels; what more of them hold is meant
 BEYOND = 256  # in place of label values outside 0..255
@@ -135,7 +135,7 @@ def _read(source: Source, split: str, index: int) -> Facts:
                 blake2b(image.data).digest()[:16], image.shape[:2], counted(label), None, []
             )
         example = source.encoded(index)
-    except UserError as error:  # it begins with the file
+    except (UserError, PassingError) as error:  # it begins with the file
         return Facts(
             b'', None, {}, None, [Finding(UNREADABLE, split, index, str(error), str(error))]
         )

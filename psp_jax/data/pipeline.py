@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from psp_jax.data.augment import augment
 from psp_jax.data.sources import Source
-from psp_jax.errors import UserError
+from psp_jax.errors import PassingError, UserError
 
 K = TypeVar('K')
 T = TypeVar('T')
@@ -33,7 +33,8 @@ for _kind in ('GPU', 'TPU'):
 
 _PREFETCH = 2  # batches ready ahead of the training step
 _TRIES = 8  # examples that may be bad in a row where they are skipped
-_BAD = b'\0'  # before the message of an example that has nothing in its place
+# Before the message of an example that has nothing in its place.
+_BAD, _NOT_THERE = b'\0', b'\1'
 
 
 def example_index(positions: np.ndarray, length: int, seed: int) -> np.ndarray:
@@ -67,7 +68,8 @@ def train_batches(
     'label' uint8 [n, height, width] (255 = ignore), 'position' int64 [n] (the example numbers),
     'skipped' [(position, message), ...]: where data.on_error is 'skip', examples that could not be
     read, in whose place the next one of the source is that can be.
-    Raises UserError at once where B does not divide, and from `next` where an example is bad.
+    Raises UserError at once where B does not divide, and from `next` where an example is bad, or
+    PassingError where a disk or a bucket does not answer.
     """
     data, seed = config.data, config.seed
     rows, rest = divmod(config.batch_size, process_count)
@@ -77,6 +79,7 @@ def train_batches(
             'make it a multiple of their number'
         )
     crop = (data.crop, data.crop) if isinstance(data.crop, int) else tuple(data.crop)
+    blank = np.zeros((*crop, 3), np.uint8), np.zeros(crop, np.uint8)
 
     def load(position: np.int64, index: np.int64) -> tuple[np.ndarray, np.ndarray, bytes]:
         # TensorFlow would wrap an exception: its text travels with the batch instead.
@@ -88,7 +91,11 @@ def train_batches(
                 return (*augment(*decoded, rng, data), first)
             except UserError as error:
                 first = first or str(error).encode()
-        return np.zeros((*crop, 3), np.uint8), np.zeros(crop, np.uint8), _BAD + first
+            except PassingError as error:  # another one in its place would be another training
+                return (*blank, _NOT_THERE + str(error).encode())
+        if data.on_error == 'skip':
+            first += f' (nor can the next {_TRIES - 1}: data.on_error=skip gives up)'.encode()
+        return (*blank, _BAD + first)
 
     def example(n: tf.Tensor) -> dict[str, tf.Tensor]:
         position = n // rows * config.batch_size + process_index * rows + n % rows
@@ -166,7 +173,8 @@ def _checked(batches: tf.data.Dataset) -> Generator[dict[str, Any], None, None]:
     for batch in batches.as_numpy_iterator():
         errors = batch.pop('error')
         for error in errors:
-            if error.startswith(_BAD):
-                raise UserError(error.removeprefix(_BAD).decode())
+            for start, kind in ((_BAD, UserError), (_NOT_THERE, PassingError)):
+                if error.startswith(start):
+                    raise kind(error.removeprefix(start).decode())
         skipped = zip(batch['position'].tolist(), errors, strict=True)
         yield {**batch, 'skipped': [(p, error.decode()) for p, error in skipped if error]}

@@ -146,21 +146,34 @@ def stored_source(
     return Source(length, name, read, files, labelled, encoded)
 
 
-def check_source(source: Source, examples: int = 64) -> None:
+def check_source(source: Source, examples: int = 64, skip: bool = False) -> str:
     """Checks that every file exists and reads `examples` examples spread evenly over the set.
 
-    Raises the UserError of the first problem, in the order of the set.
+    Raises the UserError of the first problem, in the order of the set; with `skip` only where most
+    files are missing or all that was read is bad. Returns what else there is to say.
     """
     with ThreadPoolExecutor(32) as pool:
         paths = [path for pair in source.files for path in pair if path]
         missing = [p for p, there in zip(paths, pool.map(exists, paths), strict=True) if not there]
-        if missing:
+        if len(missing) > (len(paths) // 2 if skip else 0):
             more = f' (and {len(missing) - 1} more of {len(paths)} files)' if missing[1:] else ''
             raise UserError(f'{missing[0]} does not exist{more}: check the list and data.root')
     picks = np.unique(np.linspace(0, source.length - 1, examples).round().astype(int)).tolist()
+
+    def problem(index: int) -> UserError | None:
+        try:
+            source.read(index)
+        except UserError as error:
+            if not skip:
+                raise
+            return error
+        return None
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(lambda i: source.read(i) and None, picks):
-            pass
+        bad = [error for error in pool.map(problem, picks) if error]
+    if len(bad) == len(picks):
+        raise bad[0]
+    return f'; of {len(picks)} that were tried {len(bad)} cannot be read' if bad else ''
 
 
 def _scenes_source(data: ConfigDict, split: str) -> Source:

@@ -1,0 +1,97 @@
+"""How the processes of a run find each other."""
+
+import os
+import sys
+import threading
+from typing import Any
+
+from psp_jax.errors import UserError
+
+INITIALIZATION_TIMEOUT = 300  # seconds that processes wait for the last one to start
+HEARTBEAT_TIMEOUT = 100  # seconds after which a process that went silent counts as dead
+
+
+def join(address: str | None, count: int | None, index: int | None) -> Any:
+    """Joins the other processes, before anything else uses JAX; returns the client of its service.
+
+    Of --coordinator_address, --num_processes and --process_id, or the environment variables
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; without them as JAX finds by
+    itself on Cloud TPUs, Slurm and Open MPI. None where this process is alone. Raises UserError
+    where they do not fit. Where the others do not come within INITIALIZATION_TIMEOUT, the process
+    says so and ends as in a crash.
+    """
+    import jax
+    from jax._src import distributed  # no public way to the key-value store, as orbax's own code
+
+    address = address or os.environ.get('JAX_COORDINATOR_ADDRESS') or None
+    count = _number(count, 'JAX_NUM_PROCESSES')
+    index = _number(index, 'JAX_PROCESS_ID')
+    if count == 1 and not address:
+        return None  # alone, whatever cluster this is
+    asked = address is not None or count is not None or index is not None
+    if asked and (address is None or ':' not in address):
+        raise UserError(
+            f'--coordinator_address={address}: must be HOST:PORT of the first process, the same '
+            'for all; --num_processes 1 alone runs one process'
+        )
+    if count is not None and not 0 <= (index or 0) < count:
+        raise UserError(f'--process_id={index}: must be from 0 to {count - 1}')
+
+    def still_waiting() -> None:
+        print(
+            f'psp_jax: waiting for the other processes ({INITIALIZATION_TIMEOUT} s at most)',
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def give_up() -> None:
+        print(
+            f'psp_jax: error: the {count or ""} processes did not come together within '
+            f'{INITIALIZATION_TIMEOUT} s: start all of them, with the same '
+            f'--coordinator_address={address}',
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM away
+    # JAX would end this process with pages of C++.
+    timers = threading.Timer(15, still_waiting), threading.Timer(INITIALIZATION_TIMEOUT, give_up)
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        jax.distributed.initialize(
+            address,
+            count,
+            index,
+            initialization_timeout=2 * INITIALIZATION_TIMEOUT,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+        )
+    except ValueError as error:
+        if not asked:
+            if 'coordinator_address should be defined' in str(error):
+                return None  # no cluster
+            raise
+        raise UserError(
+            f'--coordinator_address={address}: also set --num_processes and --process_id ({error})'
+        ) from error
+    except RuntimeError as error:
+        if not asked and 'before any JAX' in str(error):
+            return (
+                None  # in a Python session that computes already; a cluster starts the command line
+            )
+        raise
+    finally:
+        for timer in timers:
+            timer.cancel()
+    return distributed.global_state.client
+
+
+def _number(value: int | None, variable: str) -> int | None:
+    text = os.environ.get(variable, '')
+    if value is not None or not text:
+        return value
+    if not text.isdecimal():
+        raise UserError(f'{variable}={text}: must be a number')
+    return int(text)

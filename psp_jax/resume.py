@@ -1,0 +1,56 @@
+"""How a run that was interrupted goes on: from which checkpoint, and whether it is the same run."""
+
+from typing import Any
+
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from psp_jax import checkpoint, report
+from psp_jax.config import from_json, resume_differences
+from psp_jax.data.sources import Source
+from psp_jax.errors import PassingError, UserError
+from psp_jax.state import TrainState
+
+
+def newest_state(
+    manager: checkpoint.Manager, config: ConfigDict, source: Source, target: Any
+) -> tuple[int, TrainState]:
+    """Step and state of the newest checkpoint that can be read; damaged ones are set aside.
+
+    Raises UserError where it is of another run, or none can be read, and PassingError where some
+    processes can read it and others not: a restart may find their disk mended.
+    """
+    damaged: dict[int, checkpoint.Unreadable] = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        path, failure = manager.directory / str(step), None
+        try:
+            check_resume(checkpoint.read_meta(manager.directory, step), config, source, path)
+            state = checkpoint.restore(manager.directory, step, target)
+        except checkpoint.Unreadable as error:
+            failure = error
+        readable = multihost_utils.process_allgather(np.asarray(failure is None))
+        if readable.any() and not readable.all():
+            raise PassingError(
+                f'{path}: not all processes can read it ({failure or "this one can"})'
+            )
+        if failure:
+            damaged[step] = failure
+            continue
+        for other, why in damaged.items():
+            name = checkpoint.set_aside(manager, other)
+            report.say(f'skipped, and renamed to {name}: {why}')
+        return step, state
+    raise next(iter(damaged.values()))
+
+
+def check_resume(meta: dict[str, Any], config: ConfigDict, source: Source, where: Any) -> None:
+    """Raises UserError where a resumed run would not be the run that was begun."""
+    differences = resume_differences(from_json(meta['config']), config)
+    if meta['examples'] != source.length:  # the order of the examples depends on their number
+        differences.append(f'training images: {meta["examples"]} then, {source.length} now')
+    if differences:
+        raise UserError(
+            f'{where} was trained otherwise: {"; ".join(differences)}. Use the same values, or '
+            'another --workdir'
+        )
