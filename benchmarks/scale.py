@@ -73,12 +73,14 @@ COLUMNS = (
 )
 
 
-def make(row: Row, path: Path) -> None:
-    """Runs the command of a row; its output goes to this one's."""
+def make(row: Row, path: Path) -> bool:
+    """Runs the command of a row, whose output goes to this one's; returns whether it went well."""
     words = ['--mode', 'dry_run', '--config', f'configs/{row.data}.py:depth={row.depth}']
     words += ['--topology', row.topology, '--output', str(path), *row.overrides]
     print(f'\n{row.name}: python -m psp_jax.main {" ".join(words)}', flush=True)
-    subprocess.run([sys.executable, '-m', 'psp_jax.main', *words], check=False)
+    return (
+        subprocess.run([sys.executable, '-m', 'psp_jax.main', *words], check=False).returncode == 0
+    )
 
 
 def cells(row: Row, found: dict[str, Any] | None) -> list[str]:
@@ -143,14 +145,18 @@ def main() -> None:
     parser.add_argument('--docs', type=Path, help='a Markdown file that the tables go into')
     flags = parser.parse_args()
     flags.results.mkdir(parents=True, exist_ok=True)
+    failed = []
     for row in ORDER:
         path = flags.results / f'{row.name}.json'
-        if flags.only in row.name and not path.exists() and not flags.tables:
-            make(row, path)
+        wanted = flags.only in row.name and not path.exists() and not flags.tables
+        if wanted and not make(row, path):
+            failed.append(row.name)
     for title, rows in TABLES.items():
         print(f'\n### {title}\n\n{table(rows, flags.results)}')
     if flags.docs:
         flags.docs.write_text(with_tables(flags.docs.read_text(), flags.results))
+    if failed:
+        sys.exit(f'these rows failed: {", ".join(failed)}')
 
 
 if __name__ == '__main__':

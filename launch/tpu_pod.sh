@@ -15,8 +15,8 @@ commands:
            preemption, until the run is finished. Where it is running already, follow it.
   status   the request, the slice, and the last lines of each host's log
   logs     follow the log of a host
-  delete   stop the run by SIGTERM, which leaves a checkpoint, and give the slice back. End `run`
-           first: it would ask for the slice anew.
+  delete   stop the run by SIGTERM, which leaves a checkpoint, and give the slice back, but not if
+           stopping fails. End `run` first: it would ask for the slice anew.
 
 options:
   --zone ZONE       such as us-west4-a (default: the variable ZONE)
@@ -26,11 +26,13 @@ options:
   --on-demand       pay the full price for a slice that is not taken away; the default is spot
   --worker N        for logs: which host (default: 0)
   --delete-at-end   for run: delete the slice once the run has ended by itself
+  --force           for delete: give the slice back even if the run there cannot be stopped
   --dry-run         print the commands and do nothing
 
 environment:
   POLL=30           seconds between looks at a slice that is not there yet
   RETRY_AFTER=600   seconds; a run that crashes earlier is not tried again
+  MAX_CRASHES=50    nor one that has crashed so often; and no more requests than that may fail
 
 The slice of a preempted run is a new one: --workdir and the data must be on a bucket (gs://...).
 Configurations must be in configs/, which is copied with psp_jax/.
@@ -54,7 +56,7 @@ fail() {
 
 # ---- Flags
 command='' name='' zone=${ZONE-} project='' type=v5litepod-16 runtime='' spot=--spot worker=0
-delete_at_end='' dry_run='' flags=()
+delete_at_end='' force='' dry_run='' flags=()
 while [ $# -gt 0 ]; do
     case $1 in
     --zone | --project | --type | --runtime | --worker)
@@ -62,8 +64,13 @@ while [ $# -gt 0 ]; do
         printf -v "${1#--}" '%s' "$2"
         shift
         ;;
+    --zone=* | --project=* | --type=* | --runtime=* | --worker=*)
+        option=${1%%=*}
+        printf -v "${option#--}" '%s' "${1#*=}"
+        ;;
     --on-demand) spot='' ;;
     --delete-at-end) delete_at_end=1 ;;
+    --force) force=1 ;;
     --dry-run) dry_run=1 ;;
     --help | -h)
         usage
@@ -106,6 +113,7 @@ place=(--zone "$zone")
 [ -z "$project" ] || place+=(--project "$project")
 poll=${POLL:-30}
 retry_after=${RETRY_AFTER:-600}
+max_crashes=${MAX_CRASHES:-50}
 
 # ---- Commands, each printed first
 scratch=$(mktemp -d)
@@ -156,13 +164,13 @@ find_state() { # sets `state` to NONE, WAITING, READY or GONE (then `why` says m
     why=$answer
     case $answer in
     '') state=NONE ;;
-    SUSPENDING | SUSPENDED | FAILED | DELETING) state=GONE ;;
+    SUSPENDED | FAILED) state=GONE ;;
     ACTIVE)
         describe tpu-vm state
         why="$why, $answer"
         case $answer in
         READY) state=READY ;;
-        '' | PREEMPTED | TERMINATED | STOPPED | DELETING) state=GONE ;;
+        '' | PREEMPTED | TERMINATED | STOPPED) state=GONE ;;
         *) state=WAITING ;;
         esac
         ;;
@@ -174,7 +182,7 @@ find_state() { # sets `state` to NONE, WAITING, READY or GONE (then `why` says m
 create() {
     say "asking for $name: $type in $zone, ${spot:-on demand}"
     run gcloud compute tpus queued-resources create "$name" "${place[@]}" --node-id "$name" \
-        --accelerator-type "$type" --runtime-version "$runtime" ${spot:+"$spot"}
+        --accelerator-type "$type" --runtime-version "$runtime" ${spot:+"$spot"} || return 1
     assumed=READY
 }
 
@@ -182,7 +190,7 @@ delete() {
     run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet
 }
 
-was_ready='' is_new=''
+was_ready='' is_new='' asked='' failures=0
 wait_until_ready() { # sets `is_new` if the slice was not there at once
     local before=''
     while true; do
@@ -194,14 +202,26 @@ wait_until_ready() { # sets `is_new` if the slice was not there at once
             was_ready=1
             return
             ;;
-        NONE) create ;;
+        NONE)
+            [ -z "$asked" ] || sleep "$poll"
+            if ! create; then # refused for the first time, it may well be for good
+                [ -n "$asked$was_ready" ] || exit 1
+                say 'asking failed; trying again'
+            fi
+            asked=1
+            ;;
         GONE)
-            if [ "$why" = FAILED ] && [ -z "$was_ready" ]; then
+            [ "$why" != FAILED ] || failures=$((failures + 1))
+            if [ "$why" = FAILED ] && { [ -z "$was_ready" ] || [ "$failures" -gt "$max_crashes" ]; }
+            then
                 gcloud compute tpus queued-resources describe "$name" "${place[@]}" >&2 || true
                 say "error: the request failed; delete it, then try another --type or --zone"
                 exit 1
             fi
-            delete
+            delete || {
+                say 'deleting failed; trying again'
+                sleep "$poll"
+            }
             ;;
         *) sleep "$poll" ;;
         esac
@@ -241,8 +261,10 @@ fi
 tail -n +$((seen + 1)) -f --pid=$process run.log
 exit $(cat run.code || echo 1)'
 # shellcheck disable=SC2016
-ON_HOST_STOP='cd psp_jax && process=$(cat run.process) &&
-grep -qs psp_jax.main /proc/$process/cmdline && kill -TERM -- -$process &&
+ON_HOST_STOP='cd psp_jax 2>/dev/null || exit 0
+process=$(cat run.process 2>/dev/null || echo none)
+grep -qs psp_jax.main /proc/$process/cmdline || exit 0
+kill -TERM -- -$process
 timeout 300 tail -n 5 -f --pid=$process run.log'
 
 install() {
@@ -272,7 +294,7 @@ finish() { # exit code
 }
 
 train() {
-    local code started lasted command_there installed=''
+    local code started lasted command_there installed='' crashes=0
     [ ${#flags[@]} -gt 0 ] || fail 'run needs the flags of psp_jax.main after --'
     archive=$scratch/psp_jax.tgz
     trap 'say "$name goes on; follow it by the same command, end it by delete"; exit 130' INT
@@ -312,6 +334,11 @@ $ON_HOST_RUN"
                 say "error: the run ended with $code after $lasted s"
                 finish "$code"
             fi
+            crashes=$((crashes + 1))
+            if [ "$crashes" -gt "$max_crashes" ]; then
+                say "error: the run ended with $code, its $crashes. crash"
+                finish "$code"
+            fi
             say "the run ended with $code; the same command again"
             ;;
         esac
@@ -329,7 +356,16 @@ status)
     ;;
 logs) on_host "$worker" 'tail -n 100 -F psp_jax/run.log' ;;
 delete)
-    on_host all "$ON_HOST_STOP" || say 'there is nothing to stop'
+    assumed=READY
+    find_state
+    if [ "$state" = READY ]; then
+        code=0
+        on_host all "$ON_HOST_STOP" || code=$?
+        if [ "$code" != 0 ] && [ -z "$force" ]; then
+            say "error: the run could not be stopped ($code); --force gives the slice back all the same"
+            exit 1
+        fi
+    fi
     delete
     ;;
 esac

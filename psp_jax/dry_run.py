@@ -8,6 +8,7 @@ checkpoint is touched.
 import importlib.metadata
 import json
 import math
+import os
 import re
 import time
 from typing import Any, NamedTuple
@@ -59,6 +60,12 @@ def dry_run(config: ConfigDict, name: str, where: str | None, output: str | None
     result, not an error. Raises UserError for a topology that is not known or whose compiler is
     not installed, and a batch that does not divide over its devices.
     """
+    if output:  # minutes of compiling are not to be in vain
+        folder = os.path.dirname(os.path.abspath(output))
+        if os.path.isdir(output) or not os.access(folder, os.W_OK):
+            raise UserError(
+                f'--output={output}: cannot be written; name a file in a folder that is there'
+            )
     machine = topology.machine(where)
     enable_float64(config)
     run = plan(config, machine)
@@ -86,6 +93,7 @@ def plan(config: ConfigDict, machine: Machine) -> Run:
     """
     devices = list(machine.devices)
     grid = mesh.make_mesh(config.mesh.data, config.batch_size, config.mesh.space, devices)
+    mesh.check_cut(protocols.crop_size(config)[0], grid)
     model = pspnet.build(config)
     params = jax.eval_shape(lambda: init_variables(model, config.seed))['params']
     tx = optimizer.make_optimizer(params, config.optimizer)
@@ -188,6 +196,8 @@ def evaluate_report(run: Run) -> dict[str, Any]:
         for count, view in zip(windows, views, strict=True)
     )
     images = found['flops'] / image  # that one call is worth
+    if config.eval.protocol in protocols.SLIDING:  # the last call of an image may be half empty
+        images = local.size / -(-sum(windows) // inputs[1].shape[1])
     hosts = len({device.process_index for device in machine.devices})
     facts = {
         'protocol': config.eval.protocol,
@@ -207,6 +217,9 @@ def image_size(config: ConfigDict) -> tuple[Size, str]:
     if config.data.classes == 'cityscapes':
         return (1024, 2048), "the size of Cityscapes' images"
     side = config.eval.base_size
+    if side and config.eval.protocol in ('mmseg', 'mmseg_slide'):
+        longest = max(protocols.MMSEG_LONG_SIDE, 2 * side - 1)
+        return (side, longest), 'the longest image that the protocol has at eval.base_size'
     if side:
         return (side, side), 'a square of eval.base_size: the largest input it leads to'
     return protocols.crop_size(config), 'the training crop, since eval.base_size is 0'

@@ -150,8 +150,15 @@ def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> 
         programs.release()
 
     def local(variables: Any) -> Any:
-        one = jax.tree.map(lambda x: x.addressable_data(0), variables)
-        return jax.device_put(one, replicated(mesh))
+        def placed(x: jax.Array) -> jax.Array:
+            there = {shard.device: shard.data for shard in x.addressable_shards}  # no copy of it
+            each = [
+                there[device] if device in there else jax.device_put(x.addressable_data(0), device)
+                for device in mesh.devices.flat
+            ]
+            return jax.make_array_from_single_device_arrays(x.shape, replicated(mesh), each)
+
+        return jax.tree.map(placed, variables)
 
     def panels(variables: Any, numbers: Iterable[int]) -> dict[int, Panel]:
         if jax.process_index() or not numbers:

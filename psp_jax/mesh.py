@@ -18,6 +18,7 @@ from psp_jax.errors import UserError
 from psp_jax.losses import STRIDE
 
 CUT_IN_HEIGHT = ('image', 'label')  # arrays [B, H, W, ...] of a training batch
+_REACH = 4  # rows that layer4's dilated convolution looks to each side: the most of the network
 
 
 def make_mesh(
@@ -49,7 +50,7 @@ def make_mesh(
         )
     if batch_size % data:
         raise UserError(
-            f'batch_size={batch_size} does not divide over {data} devices: '
+            f'batch_size={batch_size} does not divide over mesh.data={data}: '
             f'set batch_size={-(-batch_size // data) * data}, or mesh.data'
         )
     return _mesh(devices[: data * space], space)
@@ -87,6 +88,20 @@ def split_images(mesh: Mesh) -> NamedSharding:
 def is_cut(mesh: Mesh) -> bool:
     """Whether images are split in height."""
     return mesh.shape['space'] > 1
+
+
+def check_cut(height: int, mesh: Mesh) -> None:
+    """Raises UserError where images of this height are too low for the mesh.
+
+    Convolutions would reach beyond the neighbours of a device: all rows would have to be brought
+    together, and XLA's partitioner gets some of the gradients wrong (seen on CPUs at height 9).
+    """
+    rows, space = -(-height // STRIDE), mesh.shape['space']
+    if is_cut(mesh) and -(-rows // space) < _REACH:
+        raise UserError(
+            f'mesh.space={space}: images of height {height} have {rows} rows of features, and each '
+            f'device needs {_REACH}: take mesh.space={max(rows // _REACH, 1)}'
+        )
 
 
 def padded_height(height: int, mesh: Mesh) -> int:

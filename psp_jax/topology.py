@@ -159,15 +159,26 @@ def _cards(name: str, kind: str, sides: list[int]) -> Machine:
     text = _TARGET.format(shared_memory_of_block=card.shared_memory - 1024, **card._asdict())
     hosts, cards = (1, *sides)[-2:]
     devices = _devices(name, 'cuda', target_config=text, topology=f'{hosts}x1x{cards}')
-    share = float(os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.75'))
+    share = _share_of_card()
     return Machine(
         devices,
         share * card.memory,
         # there is no card to time alternatives on
         options={'xla_gpu_autotune_level': 0, 'xla_gpu_enable_triton_gemm': False},
-        remark=f'memory: the {share:.0%} of a card that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION '
+        remark=f'memory: the {share:.0%} of a card that JAX takes (XLA_CLIENT_MEM_FRACTION '
         'sets it); the workspace of cuDNN is not counted, and no time is estimated',
     )
+
+
+def _share_of_card() -> float:
+    for name in ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'):
+        text = os.environ.get(name)
+        if text:
+            try:
+                return float(text)
+            except ValueError:
+                raise UserError(f'{name}={text}: must be a number') from None
+    return 0.75
 
 
 def _devices(name: str, platform: str, **options: Any) -> list[jax.Device]:

@@ -18,6 +18,7 @@ from psp_jax.data.sources import Source, check_source, make_source
 from psp_jax.errors import UserError
 from psp_jax.losses import map_row_blocks, map_row_phases, segmentation_loss
 from psp_jax.mesh import (
+    check_cut,
     cut_images,
     is_cut,
     make_mesh,
@@ -120,6 +121,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     enable_float64(config)
     processes.still_alive(config.hang_seconds)
     mesh = make_mesh(config.mesh.data, config.batch_size, config.mesh.space)
+    check_cut(crop_size(config)[0], mesh)
     report.say(
         f'psp_jax {name}: {mesh.size} {jax.devices()[0].platform} device(s), '
         f'{jax.process_count()} process(es), workdir {workdir}'

@@ -1,6 +1,7 @@
 """The dry run: figures against hand-made programs, and the command line."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks import scale
 from psp_jax import costs, dry_run, dry_run_text, inference, protocols, topology
@@ -331,6 +334,18 @@ def test_the_size_of_an_image_in_evaluation(changes, size):
     assert dry_run.image_size(resolve(SMALL | changes))[0] == size
 
 
+@pytest.mark.parametrize('protocol', ['whole', 'mmseg', 'mmseg_slide'])
+@given(height=st.integers(60, 1500), ratio=st.floats(0.25, 4))
+def test_no_image_in_evaluation_leads_to_a_larger_input(protocol, height, ratio):
+    config = resolve(SMALL | {'eval.protocol': protocol, 'eval.base_size': 512})
+
+    def area(size):
+        views = protocols.views(size, config)
+        return max(math.prod(protocols.window_shape(view, config)) for view in views)
+
+    assert area((height, round(height * ratio))) <= area(dry_run.image_size(config)[0])
+
+
 def test_the_first_batch_is_read_where_the_data_are(photographs):
     data = {'data.root': str(photographs), 'data.train': 'train.txt'}
     found = dry_run.read_batch(resolve(SMALL | data))
@@ -467,7 +482,7 @@ def test_a_missing_compiler_is_told_with_the_way_to_install_it(name, extra, monk
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_an_error():
     devices = [SimpleNamespace(process_index=i // 4, device_kind='a') for i in range(12)]
-    with pytest.raises(UserError, match='batch_size=8 does not divide over 12 devices'):
+    with pytest.raises(UserError, match='batch_size=8 does not divide over mesh.data=12'):
         dry_run.plan(resolve(SMALL), HERE._replace(devices=devices))
 
 
@@ -540,8 +555,8 @@ def test_a_tpu_slice_without_a_tpu(small_config, python, tmp_path):
 def test_cards_without_a_card(small_config, python, tmp_path):
     reason = 'jax[cuda13] is not installed; make test-topology installs it'
     pytest.importorskip('jax_cuda13_plugin', reason=reason)
-    space = '--config.mesh.space=2'
-    found, lines = topology_run(python, small_config, 'h100:2x4', tmp_path, space)
+    words = ('--config.mesh.space=2', '--config.data.crop=65')
+    found, lines = topology_run(python, small_config, 'h100:2x4', tmp_path, *words)
     assert (found['devices'], found['processes']) == (8, 2)
     assert found['mesh'] == {'data': 4, 'space': 2}
     # rows beside a cut go to the neighbour

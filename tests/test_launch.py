@@ -247,6 +247,7 @@ plan = json.load(open(path))
 words = sys.argv[1:]
 kind, verb = words[2:4]
 code, text = 0, ''
+before = plan['request'], plan['node']
 if verb == 'describe':
     text = plan['request'] if kind == 'queued-resources' else plan['node']
     if not text:
@@ -259,6 +260,11 @@ elif verb == 'delete':
 elif verb == 'ssh' and 'psp_jax.main --config' in words[-1]:
     code, request, node = plan['trainings'].pop(0)
     plan['request'], plan['node'] = request, node
+elif verb == 'ssh' and 'kill -TERM' in words[-1]:
+    code = plan['stops'].pop(0)
+if verb in plan['refuses']:
+    plan['refuses'].remove(verb)
+    plan['request'], plan['node'], code = *before, 1
 plan['calls'].append([kind, verb])
 plan['words'].append(words)
 json.dump(plan, open(path, 'w'))
@@ -274,15 +280,26 @@ TRAIN, START = [ON_HOSTS], [COPY, ON_HOSTS, ON_HOSTS]  # START: copy, install, t
 
 
 def tpu_run(
-    tmp_path: Path, *options: str, trainings: list, now: tuple = ('', ''), becomes: Any = THERE
+    tmp_path: Path,
+    *options: str,
+    trainings: list,
+    now: tuple = ('', ''),
+    becomes: Any = THERE,
+    refuses: tuple[str, ...] = (),
+    **environment: Any,
 ) -> tuple[subprocess.CompletedProcess, list]:
-    """`tpu_pod.sh run` on slices that fare as told; what it did but for looking."""
+    """`tpu_pod.sh run` on slices that fare as told; what it did but for looking.
+
+    refuses: verbs that fail, once for each time they are there.
+    """
     stand_in(tmp_path / 'bin', 'gcloud', GCLOUD)
     plan = {'request': now[0], 'node': now[1], 'becomes': [becomes] * 9, 'trainings': trainings}
-    (tmp_path / 'plan').write_text(json.dumps(plan | {'calls': [], 'words': []}))
+    plan |= {'calls': [], 'words': [], 'refuses': list(refuses)}
+    (tmp_path / 'plan').write_text(json.dumps(plan))
     result = call(
         'tpu_pod.sh', 'run', 'r50', '--zone', 'z', *options, '--', *FLAGS,
         PATH=f'{tmp_path / "bin"}:{os.environ["PATH"]}', PLAN=tmp_path / 'plan', POLL=0,
+        **environment,
     )  # fmt: skip
     after = json.loads((tmp_path / 'plan').read_text())
     assert after['trainings'] == []
@@ -319,7 +336,7 @@ def test_tpu_pod_dry_run_prints_all_that_run_would_do(tmp_path):
         (['create', '--on-demand'], ['queued-resources describe', 'queued-resources create'] * 1),
         (['status'], ['queued-resources describe', 'tpu-vm describe', 'tpu-vm ssh']),
         (['logs', '--worker', '3'], ['tpu-vm ssh']),
-        (['delete'], ['tpu-vm ssh', 'queued-resources delete']),
+        (['delete'], ['queued-resources describe', 'tpu-vm ssh', 'queued-resources delete']),
     ],
 )
 def test_tpu_pod_dry_run_of_the_other_commands(tmp_path, words, expected):
@@ -336,7 +353,7 @@ def test_tpu_pod_dry_run_of_the_other_commands(tmp_path, words, expected):
     if words[0] == 'logs':
         assert option(commands[0], '--worker') == '3'
     if words[0] == 'delete':
-        assert '--force' in commands[1]
+        assert '--force' in commands[2]
 
 
 def test_tpu_pod_begins_again_after_each_preemption(tmp_path):
@@ -367,6 +384,50 @@ def test_tpu_pod_does_not_ask_again_for_what_it_cannot_have(tmp_path):
     assert 'the request failed' in result.stderr
 
 
+def test_tpu_pod_tries_again_where_google_cloud_refuses_in_passing(tmp_path):
+    ends = [(PREEMPTED, *GONE), (0, *THERE)]
+    result, calls = tpu_run(tmp_path, trainings=[], refuses=('create',))
+    assert result.returncode == 1 and calls == [CREATE]  # at first it may well be for good
+    result, calls = tpu_run(tmp_path, now=THERE, trainings=ends, refuses=('delete', 'create'))
+    assert result.returncode == 0, result.stderr
+    assert calls == [*START, DELETE, DELETE, CREATE, CREATE, *START]
+
+
+def test_tpu_pod_gives_up_in_the_end(tmp_path):
+    late = {'RETRY_AFTER': 0, 'MAX_CRASHES': 2}
+    result, calls = tpu_run(tmp_path, now=THERE, trainings=[(134, *THERE)] * 3, **late)
+    assert result.returncode == 134 and calls == [*START, *TRAIN, *TRAIN]
+    assert 'ended with 134, its 3. crash' in result.stderr
+    result, calls = tpu_run(
+        tmp_path, now=THERE, trainings=[(75, *GONE)], becomes=('FAILED', ''), MAX_CRASHES=2
+    )
+    assert result.returncode == 1 and 'the request failed' in result.stderr
+    assert calls == [*START, *[DELETE, CREATE] * 3]
+
+
+@pytest.mark.parametrize(
+    ('state', 'options', 'stops', 'code', 'called'),
+    [
+        (THERE, [], [0], 0, [ON_HOSTS, DELETE]),
+        (THERE, [], [255], 1, [ON_HOSTS]),
+        (THERE, ['--force'], [255], 0, [ON_HOSTS, DELETE]),
+        (GONE, [], [], 0, [DELETE]),
+    ],
+)
+def test_tpu_pod_deletes_no_slice_whose_run_it_could_not_stop(
+    tmp_path, state, options, stops, code, called
+):
+    stand_in(tmp_path / 'bin', 'gcloud', GCLOUD)
+    plan = {'request': state[0], 'node': state[1], 'stops': stops, 'refuses': []}
+    (tmp_path / 'plan').write_text(json.dumps(plan | {'calls': [], 'words': []}))
+    result = call(
+        'tpu_pod.sh', 'delete', 'r50', '--zone=z', *options,
+        PATH=f'{tmp_path / "bin"}:{os.environ["PATH"]}', PLAN=tmp_path / 'plan', POLL=0,
+    )  # fmt: skip
+    calls = json.loads((tmp_path / 'plan').read_text())['calls']
+    assert result.returncode == code and [c for c in calls if c[1] != 'describe'] == called
+
+
 def on_host(command: str, home: Path) -> subprocess.Popen:
     return subprocess.Popen(
         ['bash', '-c', command],
@@ -384,7 +445,7 @@ def test_what_runs_on_a_tpu_host_outlives_the_connection_and_stops_by_sigterm(tm
     dry_run = printed(call('tpu_pod.sh', 'run', 'n', '--zone', 'z', '--dry-run', '--', 'one word'))
     train = option(dry_run[-1], '--command')
     dry_run = printed(call('tpu_pod.sh', 'delete', 'n', '--zone', 'z', '--dry-run'))
-    stop = option(dry_run[0], '--command')
+    stop = option(dry_run[1], '--command')
     code = """
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 print('hello', sys.argv[3:], flush=True)
@@ -403,7 +464,7 @@ for i in range(400):
     assert on_host(stop, tmp_path).wait(30) == 0
     assert second.wait(30) == PREEMPTED
     assert (tmp_path / 'psp_jax' / 'run.log').read_text() == "hello ['one word']\n"
-    assert on_host(stop, tmp_path).wait(30) > 0  # there is nothing left
+    assert on_host(stop, tmp_path).wait(30) == 0  # there is nothing left
 
 
 # ---- launch/slurm.sbatch

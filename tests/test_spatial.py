@@ -17,7 +17,7 @@ from psp_jax.config import default_config, flatten
 from psp_jax.errors import UserError
 from psp_jax.legal import check_values
 from psp_jax.losses import map_row_phases, segmentation_loss
-from psp_jax.mesh import make_mesh
+from psp_jax.mesh import check_cut, make_mesh
 from psp_jax.model.resample import resize_matrix
 
 ROOT = Path(__file__).parent.parent
@@ -200,12 +200,22 @@ def test_space_joins_neighbours_of_one_process():
         (-1, 4, 8, (0, 0, 1, 1), r'mesh.space=4: process 0 has 2 device\(s\)'),
         (4, 2, 8, (0,) * 4, 'mesh.data=4 with mesh.space=2: this run has 4 devices'),
         (1, 2, 8, (0, 0, 1, 1), 'mesh.data=1 with mesh.space=2: this run has 4 devices'),
-        (-1, 2, 3, (0,) * 4, 'batch_size=3 does not divide over 2 .*: set batch_size=4'),
+        (-1, 2, 3, (0,) * 4, 'batch_size=3 does not divide over mesh.data=2: set batch_size=4'),
     ],
 )
 def test_meshes_that_cannot_be_are_refused(data, space, batch_size, processes, message):
     with pytest.raises(UserError, match=message):
         make_mesh(data, batch_size, space, devices_of(*processes))
+
+
+@pytest.mark.parametrize(
+    ('height', 'space', 'most'), [(9, 2, 1), (33, 2, 1), (65, 4, 2), (97, 5, 3), (473, 20, 15)]
+)
+def test_images_too_low_for_their_devices_are_refused(height, space, most):
+    mesh = make_mesh(1, 1, space, devices_of(*(0,) * space))
+    with pytest.raises(UserError, match=f'images of height {height} .*: take mesh.space={most}'):
+        check_cut(height, mesh)
+    check_cut(height, make_mesh(1, 1, most, devices_of(*(0,) * most)))
 
 
 def test_half_an_image_a_device_is_legal():
