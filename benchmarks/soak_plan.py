@@ -29,8 +29,9 @@ def missing(found: dict[str, Any]) -> dict[str, int]:
     """How many interruptions are still to come, by signal and by phase."""
     phases = counts(found)
     have = {name: heard(counts(found, (name,))) for name in SIGNALS}
-    # One inside a save and an evaluation, which overlap, counts as inside a save only.
-    have |= {'save': phases[SAVE] + phases[BOTH], 'evaluation': phases[EVALUATION]}
+    # What was inside a save and an evaluation, which overlap, counts as one of the two.
+    lent = min(phases[BOTH], max(QUOTAS['save'] - phases[SAVE], 0))
+    have |= {'save': phases[SAVE] + lent, 'evaluation': phases[EVALUATION] + phases[BOTH] - lent}
     wanted = {'SIGTERM': found['terms'], 'SIGKILL': found['kills'], **QUOTAS}
     if found['terms'] + found['kills'] < sum(QUOTAS.values()):  # a trial
         wanted |= dict.fromkeys(QUOTAS, 0)
