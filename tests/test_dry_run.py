@@ -561,6 +561,7 @@ def test_cards_without_a_card(small_config, python, tmp_path):
     assert found['mesh'] == {'data': 4, 'space': 2}
     # rows beside a cut go to the neighbour
     assert 'collective-permute' in found['train']['collectives']
+    assert 'all-gather' not in found['train']['collectives']
     assert found['train']['cycles'] is None and 'estimate' not in found['train']
     assert any('the workspace of cuDNN is not counted' in line for line in lines)
 
