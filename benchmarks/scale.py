@@ -52,6 +52,8 @@ OTHERS = tuple(Row(*pair, t) for pair in PAIRS for t in ('v5e:2x4', 'h100:8'))
 SMALLEST = (
     *(Row(data, depth, 'h100:1', ()) for depth in (50, 101) for data in DATA),
     Row('cityscapes', 101, 'h100:1'),
+    *(Row(data, 18, 'h100:1', ()) for data in ('camvid', 'pets', 'scenes')),
+    Row('custom', 50, 'h100:1', ()),
     *(Row(data, 50, 'v5e:1x1') for data in DATA),
     Row('cityscapes', 50, 'v5e:2x2'),
     *(Row(data, 50, 'v5e:2x2', ()) for data in DATA),

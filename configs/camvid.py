@@ -10,6 +10,8 @@ Arguments:
 Expect:   about 0.40 mIoU and 0.85 pixel accuracy on the 101 validation images after 800 steps of
           batch 8, without pretrained weights.
 
+Fits:     any device: 0.5 GiB of a card as compiled (docs/scale.md).
+
 Data:     the SegNet form of CamVid, 480 x 360, in `data/camvid` (or --config.data.root=DIR):
           images/{train,val}/*.jpg or .png, labels/{train,val}/*.png with ids 0 to 10 and 11 = void,
           and the lists train.txt (367 lines) and val.txt (101) of lines 'image label'.

@@ -24,7 +24,9 @@ Expect:   published validation mIoU / pixel accuracy (semseg's README), by slidi
           Evaluations during training see images in one piece, 2049 x 1025; the published way is
           `--mode eval --config.eval.protocol=semseg`.
 
-Fits:     v5e:2x4 at 4.1 of 15.75 GiB a chip in bfloat16; fewer chips: see docs/scale.md.
+Fits:     as it stands on one card of 80 GB: 43.7 GiB of an H100 as compiled. depth=101 needs
+          bfloat16 there: 39.6 of 59.3 GiB, where float32 takes 60.2. Of TPUs, in bfloat16, v5e:2x4
+          was compiled: 4.1 of 15.75 GiB a chip (docs/scale.md).
 
 Data:     leftImg8bit and gtFine in `data/cityscapes` (or --config.data.root=DIR), the latter with
           the *_labelTrainIds.png that csCreateTrainIdLabelImgs of cityscapesscripts makes. The

@@ -15,6 +15,8 @@ Expect:   nothing yet: we have not trained on the photographs themselves. Every 
           from public ImageNet weights, fetched from the Hugging Face Hub: 18 and 34 from timm's
           copy of torchvision's, the others from timm's resnet50s, 101s or 152s.
 
+Fits:     any device: 1.2 GiB of a card as compiled (docs/scale.md).
+
 Data:     `python -m psp_jax.datasets oxford_iiit_pet` downloads it (800 MB) and prepares it with
           TFDS's own builder: `train` has 3,680 photographs of 37 breeds, `test` 3,669. Most are
           about 500 pixels long. Stored are 1 = pet, 2 = background, 3 = border; another folder of
