@@ -85,7 +85,9 @@ def start(
             if not sent:
                 sent, plan = now, Plan('none', 0, [])
     events = [read_lines(log) for log in logs]
-    taken = [e['step'] for e in events[0] if e['event'] == 'step']
+    # A step takes all processes: one that some had not come to was not taken.
+    each = [[e['step'] for e in log if e['event'] == 'step'] for log in events]
+    taken = min(each, key=len)
     first = [e['time'] for e in events[0] if e['event'] in ('step', 'evaluating')]
     found: dict[str, Any] = {
         'run': name,
@@ -205,8 +207,8 @@ def failures(found: dict[str, Any], processes: int, final: bool) -> list[str]:
     if final and not any(others) and not any(code > 0 for code in codes):
         return []  # too late, the run was finished
     if found['signal'] == 'SIGKILL':
-        # Who waits for a process that never joined cannot know that it is not the user's error.
-        wrong = {0, PREEMPTED} | ({2} if found['joined'] else set())
+        # Who waits for a process that never joins gives up, to be started again.
+        wrong = {0, 2} | ({PREEMPTED} if found['joined'] else set())
         bad = hit != [-signal.SIGKILL] * len(hit) or bool(wrong & set(others))
     else:
         too_early = found['phase'] == BEFORE and hit == [-signal.SIGTERM]

@@ -325,7 +325,7 @@ def test_a_process_that_never_comes_ends_the_other_to_be_started_again(start, de
 def test_a_process_that_dies_does_not_leave_the_other_waiting(start, tmp_path, dead):
     """The stated time: two minutes, of which JAX's heartbeat takes 100 s."""
     run = start(count=2, hooks={'kill_at': 4, 'only': dead})
-    run.await_text(r'step +2/10')
+    run.processes[dead].wait(PATIENCE)
     codes = run.codes(120)
     assert codes[dead] == -signal.SIGKILL
     assert codes[1 - dead] not in (0, 2, PREEMPTED)
