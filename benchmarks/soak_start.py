@@ -88,7 +88,10 @@ def start(
     # A step takes all processes: one that some had not come to was not taken.
     each = [[e['step'] for e in log if e['event'] == 'step'] for log in events]
     taken = min(each, key=len)
-    first = [e['time'] for e in events[0] if e['event'] in ('step', 'evaluating')]
+    first = [
+        next((e['time'] for e in log if e['event'] in ('step', 'evaluating')), None)
+        for log in events
+    ]
     found: dict[str, Any] = {
         'run': name,
         'number': number,
@@ -97,7 +100,7 @@ def start(
         'seconds': max(ended) - began,
         'codes': [process.returncode for process in running],
         'hung': hung,
-        'startup': first[0] - began if first else None,
+        'startup': max(first) - began if all(first) else None,  # they wait for the slowest
         'resumed': next((e['step'] for e in events[0] if e['event'] == 'resumed'), None),
         'first': taken[0] if taken else None,
         'last': taken[-1] if taken else None,
