@@ -31,10 +31,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import with_table
 from benchmarks.soak_check import check
 from benchmarks.soak_plan import draw, missing, needed_steps
 from benchmarks.soak_start import ROOT, SOAKS, Soak, lost, start
-from benchmarks.soak_tables import summary, table, with_table
+from benchmarks.soak_tables import summary, table
 from psp_jax.command_line import whole_file
 
 CALIBRATION_STEPS = 12
@@ -198,7 +199,8 @@ def main() -> None:
         wrong = [values for run in found['runs'] for values in run['wrong'].values()]
         failed = bool(found['summary']['failures']) or any(wrong)
     if flags.docs:
-        flags.docs.write_text(with_table(flags.docs.read_text(), flags.results))
+        page = with_table(flags.docs.read_text(), '## The figures', table(flags.results))
+        flags.docs.write_text(page)
     sys.exit(failed)
 
 

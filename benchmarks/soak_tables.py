@@ -1,7 +1,6 @@
 """What the soaks found: counts over all starts, and the Markdown table."""
 
 import json
-import re
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -142,13 +141,3 @@ def column(path: Path) -> list[str]:
     if 'summary' not in found:
         return ['not run yet'] * len(ROWS)
     return [cell(found) for cell in ROWS.values()]
-
-
-def with_table(text: str, results: Path) -> str:
-    """Markdown with the table below the heading 'The figures' as it is now."""
-    made = table(results)
-    text, found = re.subn(
-        r'(?m)^(## The figures\n\n)(?:\|.*\n)*\n*', lambda match: f'{match[1]}{made}\n\n', text
-    )
-    assert found == 1, 'there must be one heading "The figures"'
-    return text.rstrip() + '\n'

@@ -79,9 +79,8 @@ def join(address: str | None, count: int | None, index: int | None) -> Any:
         ) from error
     except RuntimeError as error:
         if not asked and 'before any JAX' in str(error):
-            return (
-                None  # in a Python session that computes already; a cluster starts the command line
-            )
+            # in a Python session that computes already; a cluster starts the command line
+            return None
         raise
     finally:
         for timer in timers:

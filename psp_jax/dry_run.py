@@ -218,8 +218,10 @@ def image_size(config: ConfigDict) -> tuple[Size, str]:
         return (1024, 2048), "the size of Cityscapes' images"
     side = config.eval.base_size
     if side and config.eval.protocol in ('mmseg', 'mmseg_slide'):
-        longest = max(protocols.MMSEG_LONG_SIDE, 2 * side - 1)
-        return (side, longest), 'the longest image that the protocol has at eval.base_size'
+        return (
+            side,
+            protocols.mmseg_long_side(side),
+        ), 'the longest image that the protocol has at eval.base_size'
     if side:
         return (side, side), 'a square of eval.base_size: the largest input it leads to'
     return protocols.crop_size(config), 'the training crop, since eval.base_size is 0'

@@ -315,9 +315,8 @@ def _end_together(run: _Run) -> None:
     if said == 'leaving':
         _sleep_until_the_end()
     run.client.key_value_set(f'{_KEYS}/done/{run.index}', '')
-    for i in range(run.count):
-        while f'{_KEYS}/done/{i}' not in dict(run.client.key_value_dir_get(f'{_KEYS}/done')):
-            time.sleep(_POLL)
+    while len(run.client.key_value_dir_get(f'{_KEYS}/done')) < run.count:
+        time.sleep(_POLL)
 
 
 def _heard(run: _Run) -> None:

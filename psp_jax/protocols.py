@@ -117,6 +117,11 @@ def sliding_axis(
     return Axis(starts, Taps(cells + lead, weight / covering[cells + lead]))
 
 
+def mmseg_long_side(base: int) -> int:
+    """The most pixels that mmsegmentation's protocols leave the long side of an image."""
+    return max(MMSEG_LONG_SIDE, 2 * base - 1)  # that of its base 1025 is 2049
+
+
 def seen_size(size: Size, scale: float, config: ConfigDict) -> Size:
     """The size that the image is resized to. `eval.base_size=0` stands for the image's own."""
     height, width = size
@@ -128,8 +133,7 @@ def seen_size(size: Size, scale: float, config: ConfigDict) -> Size:
         seen = tuple(max(round((side * factor - extra) / 8), 1) * 8 + extra for side in size)
         return seen[0], seen[1]
     if protocol in ('mmseg', 'mmseg_slide'):
-        limit = max(MMSEG_LONG_SIDE, 2 * base - 1)  # that of its base 1025 is 2049
-        factor = min(limit / max(size), base / min(size)) if base else 1.0
+        factor = min(mmseg_long_side(base) / max(size), base / min(size)) if base else 1.0
         return max(int(height * factor * scale + 0.5), 1), max(int(width * factor * scale + 0.5), 1)
     base = base or max(size)
     if protocol == 'caffe':
