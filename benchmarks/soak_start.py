@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 KEEP = 2  # newest checkpoints
 OVERRIDES = (
     *('batch_size=8', 'checkpoint_every=3', 'eval_every=6', 'log_every=1'),
-    *(f'checkpoint_keep={KEEP}', 'data.train=0:64', 'data.val=1000000:1000008', 'data.crop=33'),
+    *(f'checkpoint_keep={KEEP}', 'data.train=0:64', 'data.crop=33'),
     *('model.stem=deep_small', 'model.head_width=16', 'model.aux_width=8'),
     *('eval.batch_size=2', 'eval.panels=2'),
 )
@@ -34,11 +34,12 @@ class Soak(NamedTuple):
     processes: int
     devices: tuple[int, ...]  # of each process, in turn
     title: str
+    validation: int = 8  # images; more make evaluations longer, which are hit the more often
 
 
 SOAKS = {
     'a1': Soak(1, (2,), '1 process x 2 devices'),
-    'a2': Soak(2, (1,), '2 processes x 1 device'),
+    'a2': Soak(2, (1,), '2 processes x 1 device', 24),
     'b': Soak(1, (1, 2, 4, 8), '1, 2, 4, 8 devices in turn'),
 }
 
@@ -61,7 +62,7 @@ def start(
     logs = [folder / 'logs' / f'{name}-{number:03}-{i}.jsonl' for i in range(soak.processes)]
     logs[0].parent.mkdir(exist_ok=True)
     began = time.time()
-    running = launch(logs, folder / name, devices, steps)
+    running = launch(soak, logs, folder / name, devices, steps)
     sent, hung = 0.0, False
     ended = [0.0] * soak.processes
     while not all(ended):
@@ -128,7 +129,9 @@ def start(
     return found
 
 
-def launch(logs: list[Path], workdir: Path, devices: int, steps: int) -> list[subprocess.Popen]:
+def launch(
+    soak: Soak, logs: list[Path], workdir: Path, devices: int, steps: int
+) -> list[subprocess.Popen]:
     """A process for each of the logs; its output goes beside."""
     environment = {
         'JAX_PLATFORMS': 'cpu',
@@ -142,7 +145,8 @@ def launch(logs: list[Path], workdir: Path, devices: int, steps: int) -> list[su
     for i, log in enumerate(logs):
         words = [sys.executable, '-m', 'benchmarks.soak_worker', str(log)]
         words += ['--config', f'configs/scenes.py:steps={steps}', '--workdir', str(workdir)]
-        words += [f'--config.{word}' for word in OVERRIDES]
+        validation = f'data.val=1000000:{1000000 + soak.validation}'
+        words += [f'--config.{word}' for word in (*OVERRIDES, validation)]
         if len(logs) > 1:
             words += ['--coordinator_address', f'localhost:{port}', '--process_id', str(i)]
             words += ['--num_processes', str(len(logs))]
