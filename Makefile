@@ -21,7 +21,7 @@ test: lint
 	$(RUN) -m pytest -m 'not slow and not torch and not topology' -n 2 --dist loadfile --durations=10
 
 test-slow: .venv/requirements-test.txt
-	$(RUN) -m pytest -m 'slow and not torch and not topology' -n 2 --dist loadfile --durations=10
+	$(RUN) -m pytest -m 'slow and not torch and not topology' -n 2 --dist load --durations=10
 
 # Beside PyTorch, torchvision, timm and mmsegmentation.
 test-torch: .venv/requirements-torch.txt

@@ -16,6 +16,9 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 
+# Compiles float64 in half the time; nothing that a test is about changes. Read at JAX's first use.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=1')
+
 # PSPNet-18 with narrow heads. Whatever is compiled into the training step stays as it is in nearly
 # all tests, so that they compile it once: see `programs`.
 SMALL_CONFIG = """\

@@ -10,9 +10,10 @@ HOOKS is a JSON object:
     hang_at: N         step N never comes to an end
     kill_at: N         SIGKILL to itself in the place of step N
     only: I            all this in process I alone
-    slow_join: S       process `only` joins the others S seconds later, and says 'joining'
+    slow_join: S       all say 'joining' before they do, which process `only` does S seconds later
     patience: S        processes wait so long for the others to join
     joining: S         and so long after SIGTERM
+    heartbeat: S       and take one that is silent so long for dead
 """
 
 import json
@@ -71,8 +72,8 @@ def install(hooks):
 
     def late(start, seconds):
         def starting(address, count, index):
+            print('joining', flush=True)
             if index == hooks['only']:
-                print('joining', flush=True)
                 time.sleep(seconds)
             start(address, count, index)
 
@@ -110,6 +111,7 @@ def install(hooks):
     hook(hooks, 'slow_join', processes, 'start', late)
     hook(hooks, 'patience', cluster, 'INITIALIZATION_TIMEOUT', lambda _, seconds: seconds)
     hook(hooks, 'joining', processes, '_JOINING', lambda _, seconds: seconds)
+    hook(hooks, 'heartbeat', cluster, 'HEARTBEAT_TIMEOUT', lambda _, seconds: seconds)
     hook(hooks, 'hang_at', train, 'compile_step', at_step(lambda: time.sleep(99)))
     killed = at_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
     hook(hooks, 'kill_at', train, 'compile_step', killed)

@@ -15,6 +15,7 @@ import pytest
 from several import flags_of_processes
 from test_resume import arrays_in
 
+from psp_jax import cluster
 from psp_jax.command_line import PREEMPTED
 from psp_jax.data.pipeline import example_index
 
@@ -191,32 +192,31 @@ def test_a_second_sigterm_ends_at_once(start, tmp_path):
     assert run.codes(5) == [128 + signal.SIGTERM]
 
 
-@pytest.mark.parametrize('which', [0, 1])
-def test_sigterm_to_one_process_of_two_stops_both(start, tmp_path, which):
+def test_sigterm_to_one_process_of_two_stops_both(start, tmp_path):
+    """To the second in training, to the first in evaluation, to the second after a save."""
     workdir, straight = tmp_path / 'run', tmp_path / 'straight'
     ledger = tmp_path / 'ledger'
     two = {'count': 2, 'devices': 1}
     run = start(hooks={'batches': str(ledger)}, **two)
     run.await_text(r'step +3/10')
-    run.send(which=which)
+    run.send(which=1)
     assert run.codes() == [PREEMPTED, PREEMPTED]
     assert STOPPED in run.text(0) and STOPPED not in run.text(1)
     (step,) = steps_in(workdir)
     assert int(step) == last_step(run.text()) and 3 <= int(step) <= 5
 
-    run = start(hooks={'slow_images': 3, 'only': which, 'batches': str(ledger)}, **two)
-    run.await_text('evaluating an image', which)
-    run.send(which=which)
+    run = start(hooks={'slow_images': 3, 'only': 0, 'batches': str(ledger)}, **two)
+    run.await_text('evaluating an image')
+    run.send()
     assert run.codes(30) == [PREEMPTED, PREEMPTED]
     assert steps_in(workdir) == sorted({step, '5'})
 
-    run = start('--config.checkpoint_every=8', hooks={'term_after_save': 8, 'only': which}, **two)
+    run = start('--config.checkpoint_every=8', hooks={'term_after_save': 8, 'only': 1}, **two)
     assert run.codes() == [PREEMPTED, PREEMPTED]
     assert steps_in(workdir)[-1] in ('8', '9')
     assert start(**two).codes() == [0, 0]
-    if which == 0:
-        assert start(workdir=straight, **two).codes() == [0, 0]
-        assert_same_arrays(workdir / 'checkpoints/10', straight / 'checkpoints/10')
+    assert start(workdir=straight, **two).codes() == [0, 0]
+    assert_same_arrays(workdir / 'checkpoints/10', straight / 'checkpoints/10')
     # Every process read its own half of each batch.
     rows = [json.loads(line) for line in ledger.read_text().splitlines()]
     assert {(process, position % 2) for process, batch, _ in rows for position in batch} == {
@@ -305,7 +305,8 @@ def test_sigterm_at_start_up_ends_both_processes(start, tmp_path):
 @pytest.mark.parametrize('which', [0, 1])
 def test_sigterm_before_the_processes_have_come_together_ends_both(start, tmp_path, which):
     run = start(count=2, hooks={'slow_join': 4, 'only': 0, 'joining': PATIENCE})
-    run.await_text('joining')
+    for process in (1, 0):  # earlier, SIGTERM would end one that does not listen yet
+        run.await_text('joining', process)
     run.send(which=which)
     assert run.codes() == [PREEMPTED, PREEMPTED]
     assert not (tmp_path / 'run').exists()
@@ -321,12 +322,13 @@ def test_a_process_that_never_comes_ends_the_other_to_be_started_again(start, de
     assert 'Traceback' not in run.text(1 - dead)
 
 
-@pytest.mark.parametrize('dead', [0, 1])
-def test_a_process_that_dies_does_not_leave_the_other_waiting(start, tmp_path, dead):
+@pytest.mark.parametrize(('dead', 'heartbeat'), [(0, 100), (1, 20)])
+def test_a_process_that_dies_does_not_leave_the_other_waiting(start, dead, heartbeat):
     """The stated time: two minutes, of which JAX's heartbeat takes 100 s."""
-    run = start(count=2, hooks={'kill_at': 4, 'only': dead})
+    assert cluster.HEARTBEAT_TIMEOUT == 100
+    run = start(count=2, hooks={'kill_at': 4, 'only': dead, 'heartbeat': heartbeat})
     run.processes[dead].wait(PATIENCE)
-    codes = run.codes(120)
+    codes = run.codes(heartbeat + 20)
     assert codes[dead] == -signal.SIGKILL
     assert codes[1 - dead] not in (0, 2, PREEMPTED)
 

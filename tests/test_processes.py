@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import made_once
 from several import flags_of_processes
 
 from psp_jax import processes
@@ -18,9 +19,17 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope='module')
-def results(programs, tmp_path_factory):
+def results(programs, shared):
     """What 1 x 8, 2 x 4 and 4 x 2 (processes x devices) come to, and what the first one prints."""
-    folder, found = tmp_path_factory.mktemp('processes'), {}
+    folder = made_once(shared / 'processes', lambda folder: train_in_processes(folder, programs))
+    return {
+        count: (dict(np.load(folder / f'{count}.npz')), (folder / f'{count}.txt').read_text())
+        for count in (1, 2, 4)
+    }
+
+
+def train_in_processes(folder, programs):
+    folder.mkdir()
     for count in (1, 2, 4):
         started = []
         for words in flags_of_processes(count):
@@ -39,8 +48,7 @@ def results(programs, tmp_path_factory):
             )
         outputs = [process.communicate(timeout=900) for process in started]
         assert [p.returncode for p in started] == [0] * count, outputs
-        found[count] = (dict(np.load(folder / f'{count}.npz')), outputs[0][0])
-    return found
+        (folder / f'{count}.txt').write_text(outputs[0][0])
 
 
 @pytest.mark.slow
