@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from psp_jax.config import from_json
-from psp_jax.errors import PassingError, UserError
+from psp_jax.errors import PASSING_TEXTS, PassingError, UserError
 
 
 class Unreadable(UserError):
@@ -35,7 +35,6 @@ _UNREADABLE = (OSError, KeyError, TypeError, ValueError)
 
 # Of these a later try may know more.
 _PASSING = (TimeoutError, ConnectionError)
-_PASSING_TEXTS = ('UNAVAILABLE', 'DEADLINE_EXCEEDED', 'ABORTED', 'RESOURCE_EXHAUSTED')
 
 
 class Manager(ocp.CheckpointManager):
@@ -267,7 +266,7 @@ def cannot_be_read(path: epath.Path, error: Exception) -> Exception:
     reason = ' '.join(str(error).partition('[tensorstore_spec')[0].split())
     if isinstance(error, PermissionError) or 'PERMISSION_DENIED' in reason:
         return UserError(f'{path}: may not be read ({reason})')
-    if isinstance(error, _PASSING) or any(text in reason for text in _PASSING_TEXTS):
+    if isinstance(error, _PASSING) or any(text in reason for text in PASSING_TEXTS):
         return PassingError(f'{path}: cannot be read at the moment ({reason})')
     return Unreadable(
         f'{path}: cannot be read as a checkpoint of psp_jax ({reason}). If it is damaged, remove '

@@ -11,3 +11,7 @@ class UserError(Exception):
 
 class PassingError(Exception):
     """What the same command may not meet again, such as a disk that did not answer: exit code 1."""
+
+
+# In messages of libraries of Google about a service that does not answer: gRPC's codes.
+PASSING_TEXTS = ('UNAVAILABLE', 'DEADLINE_EXCEEDED', 'ABORTED', 'RESOURCE_EXHAUSTED')

@@ -3,6 +3,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -441,6 +442,55 @@ def test_a_disk_that_does_not_answer_is_asked_again(folder, monkeypatch):
     with pytest.raises(UserError, match='Is a directory'):
         answers[:] = [True]
         decode.read_bytes(str(folder))
+
+
+@pytest.mark.parametrize('name', ['ENOTCONN', 'EMFILE', 'ENOMEM', 'ECONNREFUSED', 'ENOLCK'])
+def test_a_mount_that_died_or_a_machine_short_of_something_is_no_bad_file(
+    folder, monkeypatch, name
+):
+    code = getattr(errno, name)
+    error = OSError(code, os.strerror(code))
+    monkeypatch.setattr(decode, 'open', mock.Mock(side_effect=error), raising=False)
+    monkeypatch.setattr(decode, '_PAUSES', (0, 0))
+    with pytest.raises(PassingError, match='image.png cannot be read'):
+        decode.read_bytes(str(folder / 'image.png'))
+    monkeypatch.setattr(decode.os, 'stat', mock.Mock(side_effect=error))
+    with pytest.raises(PassingError, match='image.png cannot be read'):
+        decode.exists(str(folder / 'image.png'))
+
+
+def test_a_folder_that_does_not_answer_is_not_taken_for_an_empty_one(folders, monkeypatch):
+    def walk(top, onerror, followlinks):
+        onerror(OSError(errno.EIO, os.strerror(errno.EIO), top))
+        return iter(())
+
+    monkeypatch.setattr(os, 'walk', walk)
+    with pytest.raises(PassingError, match='/x cannot be read: Input/output error'):
+        make_source(folders, 'train')
+
+
+def test_a_machine_without_memory_is_not_taken_for_bad_files(folder, monkeypatch):
+    content = (folder / 'label.png').read_bytes()
+    monkeypatch.setattr(decode.Image, 'open', mock.Mock(side_effect=MemoryError))
+    for decoded in (decode.decode_image, decode.decode_label):
+        with pytest.raises(MemoryError):
+            decoded(content, 'label.png')
+
+
+def test_an_address_that_tensorflow_does_not_know_needs_a_mount(folder):
+    advice = r'TensorFlow knows no s3://; mount the bucket \(mountpoint-s3, gcsfuse\)'
+    for changes in ({}, {'source': 'dirs', 'train': 'x,y'}, {'source': 'tfds:camvid'}):
+        with pytest.raises(UserError, match=f's3://bucket/.*{advice}'):
+            make_source(data_of('s3://bucket/data', **changes), 'train')
+    (folder / 'train.txt').write_text('s3://bucket/image.png label.png')
+    with pytest.raises(UserError, match=f's3://bucket/image.png: {advice}'):
+        check_source(make_source(data_of(folder), 'train'))
+
+
+def test_a_tilde_is_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv('HOME', str(folder))
+    for root, train in (('~', 'train.txt'), (str(folder), '~/train.txt')):
+        np.testing.assert_array_equal(read(root, train=train)[1], a_label())
 
 
 # ---- real files

@@ -1,5 +1,7 @@
 """Reading what TFDS has prepared: against the files it was made of, and through a whole run."""
 
+import errno
+import os
 import shutil
 from unittest import mock
 
@@ -7,14 +9,16 @@ import cv2
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 from test_resume import arrays_in
 
+from psp_jax.data import decode
 from psp_jax.data.pipeline import train_batches
 from psp_jax.data.sources import check_source, make_source
-from psp_jax.errors import UserError
+from psp_jax.errors import PassingError, UserError
 from psp_jax.main import main
 
 PETS = 'tfds:oxford_iiit_pet'  # TFDS's own builder, of which TFDS says nothing about label maps
@@ -125,6 +129,44 @@ def test_a_damaged_record_file_is_named(pets, tmp_path):
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=r'example \d of oxford_iiit_pet/train in .*delete'):
         check_source(make_source(data_of(tmp_path / 'copy'), 'train'))
+
+
+@pytest.mark.parametrize(
+    'text',
+    ['pread() failed: Input/output error; reading train.array_record', '503 [UNAVAILABLE]'],
+    ids=['disk', 'bucket'],
+)
+def test_a_disk_or_bucket_that_does_not_answer_is_asked_again_and_is_no_bad_data(
+    pets, monkeypatch, text
+):
+    """array_record's errors are text alone; its readers work again once the disk answers."""
+    source = make_source(data_of(pets[0]), 'train')
+    read, answers = ArrayRecordDataSource.__getitem__, []
+
+    def answering(self, index):
+        if answers.pop():
+            return read(self, index)
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(ArrayRecordDataSource, '__getitem__', answering)
+    monkeypatch.setattr(decode, '_PAUSES', (0, 0))
+    answers[:] = [True, False, False]
+    assert source.encoded(0).image
+    answers[:] = [False] * 3
+    with pytest.raises(
+        PassingError, match='example 0 of oxford_iiit_pet/train in .*cannot be read'
+    ):
+        source.read(0)
+    monkeypatch.setattr(ArrayRecordDataSource, '__getitem__', mock.Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        source.read(0)
+
+
+def test_a_folder_of_a_data_set_that_does_not_answer_is_no_bad_data(pets, monkeypatch):
+    error = OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr(tfds, 'builder', mock.Mock(side_effect=error))
+    with pytest.raises(PassingError, match='oxford_iiit_pet cannot be opened'):
+        make_source(data_of(pets[0]), 'train')
 
 
 def test_batches_are_those_of_a_list_of_the_same_files(pets, small_config):

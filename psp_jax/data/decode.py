@@ -5,19 +5,25 @@ import errno
 import io
 import os
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from psp_jax.data.labels import IGNORE
-from psp_jax.errors import PassingError, UserError
+from psp_jax.errors import PASSING_TEXTS, PassingError, UserError
 
-# A disk or a network that does not answer, unlike a file that is not there or may not be read.
-_PASSING = {errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET, errno.ECONNABORTED}
-_PASSING |= {errno.EAGAIN, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+T = TypeVar('T')
+
+# A disk, a network or a machine that fails in passing, unlike a file that is not there or may not
+# be read. Some systems lack some of the names.
+_NAMES = 'EIO ETIMEDOUT ESTALE ENOTCONN ECONNRESET ECONNABORTED ECONNREFUSED EREMOTEIO EAGAIN EINTR'
+_NAMES += ' ENETDOWN ENETUNREACH EHOSTDOWN EHOSTUNREACH ENOLCK EMFILE ENFILE ENOMEM'
+_PASSING = {getattr(errno, name) for name in _NAMES.split() if hasattr(errno, name)}
 _PASSING_CODES = {4, 8, 10, 14}  # deadline exceeded, exhausted, aborted, unavailable: TensorFlow's
+_UNIMPLEMENTED = 12  # TensorFlow's code
 _PAUSES = (1, 4)  # seconds before such a file is tried again
 
 
@@ -43,6 +49,8 @@ def decode_image(content: bytes, name: str) -> np.ndarray:
             # Straight to RGB, Pillow warns where a palette has transparency.
             opaque = image.convert('RGBA') if 'transparency' in image.info else image
             return np.asarray(opaque.convert('RGB'))
+    except MemoryError:  # says nothing about the file
+        raise
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
         raise _cannot_decode(content, name, error) from error
 
@@ -62,6 +70,8 @@ def decode_label(content: bytes, name: str) -> np.ndarray:
             packed = str(image.tile[0][3]) if image.tile else ''
             image.load()
             mode, values, lossy = image.mode, np.asarray(image), image.format in ('JPEG', 'MPO')
+    except MemoryError:
+        raise
     except Exception as error:
         raise _cannot_decode(content, name, error) from error
     if not (mode in ('L', 'P', '1') or mode.startswith('I')):
@@ -133,37 +143,71 @@ def read_bytes(path: str) -> bytes:
     Raises UserError where there is none or it cannot be read, and PassingError where a disk or a
     bucket does not answer, after some tries.
     """
-    if '://' not in path:  # TensorFlow tries again by itself
-        for pause in _PAUSES:
-            with contextlib.suppress(PassingError):
-                return _read_bytes(path)
-            time.sleep(pause)
-    return _read_bytes(path)
 
-
-def _read_bytes(path: str) -> bytes:
-    try:
-        if '://' in path:
-            with gfile().GFile(path, 'rb') as file:
-                return file.read()
-        with open(path, 'rb') as file:
+    def read() -> bytes:
+        with told(path), gfile().GFile(path, 'rb') if '://' in path else open(path, 'rb') as file:
             return file.read()
-    except FileNotFoundError:
-        raise UserError(f'{path} does not exist') from None
-    except OSError as error:
-        kind = PassingError if error.errno in _PASSING else UserError
-        raise kind(f'{path} cannot be read: {error.strerror or error}') from None
-    except Exception as error:
-        if '://' not in path:
-            raise
-        passing = getattr(error, 'error_code', None) in _PASSING_CODES
-        kind = PassingError if passing else UserError
-        raise kind(f'{path} cannot be read: {" ".join(str(error).split())}') from error
+
+    return read() if '://' in path else try_again(read)  # TensorFlow tries again by itself
 
 
 def exists(path: str) -> bool:
-    """Whether a path or an address that TensorFlow knows leads to something."""
-    return bool(gfile().exists(path)) if '://' in path else os.path.exists(path)
+    """Whether a path or an address that TensorFlow knows leads to something.
+
+    Raises UserError for an address that it does not know or may not see, and PassingError where a
+    disk or a bucket does not answer.
+    """
+    with told(path):
+        try:
+            return bool(gfile().exists(path) if '://' in path else os.stat(path))
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            if is_passing(error):
+                raise
+            return False
+
+
+def try_again(read: Callable[[], T]) -> T:
+    """The result of `read`, which is called again after pauses where it raises PassingError."""
+    for pause in _PAUSES:
+        with contextlib.suppress(PassingError):
+            return read()
+        time.sleep(pause)
+    return read()
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether an error of Python, TensorFlow or array_record says that a disk did not answer.
+
+    Or a network, or that the machine was short of something. array_record's errors are text alone.
+    """
+    if (
+        getattr(error, 'errno', None) in _PASSING
+        or getattr(error, 'error_code', 0) in _PASSING_CODES
+    ):
+        return True
+    return any(text in str(error) for text in (*PASSING_TEXTS, *map(os.strerror, _PASSING)))
+
+
+@contextlib.contextmanager
+def told(path: str) -> Iterator[None]:
+    """What reading `path` raises, as UserError or PassingError that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f'{path} does not exist') from None
+    except OSError as error:
+        kind = PassingError if is_passing(error) else UserError
+        raise kind(f'{path} cannot be read: {error.strerror or error}') from None
+    except Exception as error:
+        if '://' not in path or isinstance(error, MemoryError):
+            raise
+        if getattr(error, 'error_code', None) == _UNIMPLEMENTED:
+            raise UserError(
+                f'{path}: TensorFlow knows no {path.partition("://")[0]}://; mount the bucket '
+                '(mountpoint-s3, gcsfuse) and give its local path, as data.root or --data_dir'
+            ) from None
+        kind = PassingError if is_passing(error) else UserError
+        raise kind(f'{path} cannot be read: {" ".join(str(error).split())}') from error
 
 
 def gfile() -> Any:

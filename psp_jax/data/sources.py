@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from psp_jax.data.decode import decode_image, decode_label, exists, gfile, read_bytes, to_classes
+from psp_jax.data.decode import (
+    decode_image,
+    decode_label,
+    exists,
+    gfile,
+    is_passing,
+    read_bytes,
+    to_classes,
+    told,
+)
 from psp_jax.data.labels import label_space, label_table
 from psp_jax.errors import UserError
 
@@ -277,29 +286,35 @@ def _list_dir(folder: str) -> tuple[dict[str, str], list[str]]:
 
     And a message for each that would have the name of another.
     """
-    if '://' in folder:
-        walk = gfile().walk(folder) if gfile().isdir(folder) else None
-    else:
-        walk = os.walk(folder, followlinks=True) if os.path.isdir(folder) else None
-    if walk is None:
+    remote = '://' in folder
+    if not (exists(folder) and (gfile() if remote else os.path).isdir(folder)):
         raise UserError(f'{folder} is not a folder')
     found: dict[str, str] = {}
     problems = []
-    for parent, _, names in walk:
-        for name in sorted(names):
-            if name.startswith('.') or not name.lower().endswith(PICTURES):
-                continue
-            path = os.path.join(parent, name)
-            stem = os.path.splitext(path)[0][len(folder) :].lstrip('/')
-            if not path.isprintable():
-                problems.append(f'{path!r}: rename it, lists of files cannot hold such a name')
-                continue
-            if stem in found:
-                problems.append(f'{found[stem]} and {path} have the same name: remove one')
-            else:
-                found[stem] = path
+    with told(folder):
+        walk = gfile().walk(folder) if remote else os.walk(folder, onerror=_stop, followlinks=True)
+        paths = [
+            os.path.join(parent, name)
+            for parent, _, names in walk
+            for name in sorted(names)
+            if not name.startswith('.') and name.lower().endswith(PICTURES)
+        ]
+    for path in paths:
+        stem = os.path.splitext(path)[0][len(folder) :].lstrip('/')
+        if not path.isprintable():
+            problems.append(f'{path!r}: rename it, lists of files cannot hold such a name')
+        elif stem in found:
+            problems.append(f'{found[stem]} and {path} have the same name: remove one')
+        else:
+            found[stem] = path
     return found, problems
 
 
+def _stop(error: OSError) -> None:
+    """Of a walk: what does not answer must not pass for an empty folder."""
+    if is_passing(error):
+        raise error
+
+
 def _join(root: str, path: str) -> str:
-    return path if '://' in path else os.path.join(root, path)
+    return path if '://' in path else os.path.join(root, os.path.expanduser(path))

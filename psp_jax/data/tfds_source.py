@@ -5,10 +5,10 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from psp_jax.data.decode import exists
+from psp_jax.data.decode import exists, is_passing, try_again
 from psp_jax.data.sources import Encoded
 from psp_jax.datasets import BUILDERS
-from psp_jax.errors import UserError
+from psp_jax.errors import PassingError, UserError
 
 _LABELS = ('label', 'segmentation_mask', 'segmentation_label')  # of pictures of one channel
 _IMAGES = ('image', 'image_left')
@@ -23,7 +23,8 @@ def open_split(
     name: as TFDS has it ('oxford_iiit_pet', 'cityscapes/coarse:1.0.0'); root: TFDS's `data_dir`,
         '' = its default; split: in TFDS's syntax ('train', 'train[:90%]').
     Raises UserError where it is not prepared or not as array_record, the only format that is read
-    by index; where it has no such split; where it is not clear what image and label are.
+    by index; where it has no such split; where it is not clear what image and label are. It and
+    the functions that it returns raise PassingError where a disk or a bucket does not answer.
     """
     builder = _builder(name, root)
     images, labels = _picture_keys(builder.info.features, name)
@@ -52,13 +53,21 @@ def open_split(
         ) from error
 
     def record(index: int) -> Mapping[str, Any]:
+        return try_again(lambda: read(index))
+
+    def read(index: int) -> Mapping[str, Any]:
         try:
             return records[index]
+        except MemoryError:
+            raise
         except Exception as error:  # array_record raises what its C++ finds
+            where = f'example {index} of {name}/{split} in {builder.data_dir} cannot be read'
+            reason = ' '.join(str(error).split())
+            if is_passing(error):
+                raise PassingError(f'{where}: {reason}') from error
             raise UserError(
-                f'example {index} of {name}/{split} in {builder.data_dir} cannot be read '
-                f'({" ".join(str(error).split())}): if the files are damaged, delete that folder '
-                f'and run `{_command(name, root)}`'
+                f'{where} ({reason}): if the files are damaged, delete that folder and run '
+                f'`{_command(name, root)}`'
             ) from error
 
     def named(index: int, found: Mapping[str, Any]) -> str:
@@ -77,26 +86,33 @@ def _builder(name: str, root: str) -> Any:
     base, _, version = name.partition(':')
     folder = f'{root or tfds.core.constants.DATA_DIR}/{base}'
     where = f'data.source = tfds:{name}'
-    if base in BUILDERS:  # by its folder: TFDS's own of the same name must not come in
-        there = tfds.core.utils.version.list_all_versions(folder) if exists(folder) else []
-        versions = [str(found) for found in there]
-        if versions and version and version not in versions:
-            raise UserError(f'{where}: {folder} has only the version(s) {", ".join(versions)}')
-        folder = f'{folder}/{version or versions[-1]}' if versions else ''
+    there = exists(folder)  # says, too, if the address is none
     try:
-        if base in BUILDERS:
+        if base in BUILDERS:  # by its folder: TFDS's own of the same name must not come in
+            folder = _version_folder(folder, version, where) if there else ''
             builder = tfds.builder_from_directory(folder) if folder else None
         else:
             builder = tfds.builder(name, data_dir=root or None, try_gcs=False)
+    except (UserError, MemoryError):
+        raise
     except tfds.core.DatasetNotFoundError:
         builder = None
     except Exception as error:  # a name that is none, a folder that is damaged or not ours to read
         reason = ' '.join(str(error).split())
-        raise UserError(f'{where}: {folder} cannot be opened ({reason})') from error
+        kind = PassingError if is_passing(error) else UserError
+        raise kind(f'{where}: {folder} cannot be opened ({reason})') from error
     if builder is None or not builder.info.splits:
         root = root or tfds.core.constants.DATA_DIR
         raise UserError(f'{where}: is not prepared in {root}; run `{_command(name, root)}` first')
     return builder
+
+
+def _version_folder(folder: str, version: str, where: str) -> str:
+    """The folder of a version of a data set, '' = of its newest; '' if it has none at all."""
+    versions = [str(found) for found in tfds.core.utils.version.list_all_versions(folder)]
+    if versions and version and version not in versions:
+        raise UserError(f'{where}: {folder} has only the version(s) {", ".join(versions)}')
+    return f'{folder}/{version or versions[-1]}' if versions else ''
 
 
 def _command(name: str, root: str) -> str:
