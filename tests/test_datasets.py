@@ -22,7 +22,7 @@ from PIL import Image
 
 from psp_jax.command_line import exit_code
 from psp_jax.data.labels import label_space
-from psp_jax.datasets import __main__, common
+from psp_jax.datasets import __main__, common, voc2012
 from psp_jax.datasets.ade20k import Ade20k
 from psp_jax.datasets.camvid import Camvid
 from psp_jax.datasets.cityscapes import Cityscapes
@@ -447,6 +447,47 @@ def test_an_archive_cut_off_is_an_error_naming_it(tmp_path):
             build(builder, tmp_path)
 
 
+def test_damaged_bytes_in_an_archive_are_an_error_naming_it(tmp_path):
+    zipped, tar, tgz = (tmp_path / name for name in ('one.zip', 'one.tar', 'one.tgz'))
+    noise = np.random.default_rng(0).integers(0, 4, 5_000, np.uint8).tobytes()  # can be deflated
+    with zipfile.ZipFile(zipped, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('picture', noise)
+    name = 'benchmark_RELEASE/dataset/train.txt'
+    write_tar(tar, {name: noise}, 'w')
+    write_tar(tgz, {name: noise}, 'w:gz')
+
+    def flipped(path: Path, at: int) -> Path:
+        content = bytearray(path.read_bytes())
+        content[at : at + 4] = b'\xff' * 4
+        damaged = path.with_stem(f'damaged{at}')
+        damaged.write_bytes(content)
+        return damaged
+
+    for at in (50, 300, 600):  # the first bytes of what is deflated, and later ones
+        damaged = flipped(zipped, at)
+        with pytest.raises(UserError, match=f'{damaged} is damaged at picture: delete it'):
+            common.open_zip(damaged).read('picture')
+    with pytest.raises(UserError, match='damaged0.zip is damaged at picture'):
+        common.open_zip(flipped(zipped, 0)).read('picture')
+    damaged = flipped(tgz, 20)
+    with pytest.raises(UserError, match=f'{damaged} is not a whole tgz file'):
+        voc2012.open_sbd(damaged)
+    read = voc2012.open_voc(tar).read
+    tar.write_bytes(tar.read_bytes()[:2_000])  # as it is read
+    with pytest.raises(UserError, match=f'{tar} is damaged at {name}'):
+        read(name)
+
+
+def test_a_damaged_label_of_sbd_is_an_error_naming_it_and_its_archive(tmp_path):
+    name = 'benchmark_RELEASE/dataset/cls/2010_000005.mat'
+    content = bytearray(mat(values(0, 7)))
+    content[150:160] = bytes(10)
+    make_voc2012(tmp_path)
+    write_tar(tmp_path / 'benchmark.tgz', sbd_files() | {name: bytes(content)}, 'w:gz')
+    with pytest.raises(UserError, match=f'benchmark.tgz is damaged at {name}'):
+        build(Voc2012, tmp_path)
+
+
 def test_an_archive_of_something_else_is_an_error(tmp_path):
     write_zip(tmp_path / 'ADEChallengeData2016.zip', {'ADE20K_2021_17_01/index.pkl': b''})
     with pytest.raises(UserError, match='train: the archives hold no image of it'):
@@ -529,6 +570,35 @@ def test_the_command_line_builds_and_names_mistakes(tmp_path, capsys):
     assert run() == 0
     assert 'train: 3 images\n' in capsys.readouterr().out
     assert (tmp_path / 'data/cityscapes/1.0.0/cityscapes-val.array_record-00000-of-00001').exists()
+
+
+def test_a_folder_that_is_a_file_or_of_an_unknown_scheme_is_said(tmp_path, capsys):
+    file = tmp_path / 'file'
+    file.touch()
+    for words, message in (
+        (['--data_dir', str(file)], f'--data_dir={file}: is no folder'),
+        (['--download_dir', str(file)], f'--download_dir={file}: is no folder'),
+        (['--data_dir', 's3://bucket/x'], 's3://bucket/x: TensorFlow knows no s3://'),
+        (['--manual_dir', 'foo://x'], 'foo://x: TensorFlow knows no foo://'),
+    ):
+        assert exit_code(__main__.run, ['camvid', *words]) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count('\n') == 1
+    make_camvid(tmp_path)
+    words = ['camvid', '--data_dir', f'{file}/below', '--manual_dir', str(tmp_path)]
+    assert exit_code(__main__.run, words) == 2
+    assert "Not a directory: '" in (said := capsys.readouterr().err) and '--manual' not in said
+
+
+def test_warnings_come_again_at_the_end_and_nothing_is_said_of_unknown_sizes(tmp_path, capsys):
+    make_ade20k(tmp_path)
+    words = ['ade20k', '--data_dir', f'{tmp_path}/data', '--manual_dir', str(tmp_path)]
+    assert exit_code(__main__.run, words) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines()[0] == f'preparing ade20k in {tmp_path}/data/ade20k/1.0.0'
+    assert 'Unknown size' not in said.out and 'Variant folder' not in said.err
+    last = said.err.splitlines()[-1]
+    assert last.startswith('warning: 1 labels hold no class') and 'ADE_train_00000003.png' in last
 
 
 def test_tfds_build_works_from_the_checkout(tmp_path):

@@ -5,14 +5,18 @@ array_record, which alone can be read by index.
 """
 
 import argparse
+import contextlib
 import importlib
 import inspect
+import io
+import logging as python_logging
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from psp_jax.command_line import Parser, disk_is_full, exit_code, quieten_libraries
+from psp_jax.data.decode import exists
 from psp_jax.datasets import BUILDERS
 from psp_jax.errors import UserError
 
@@ -57,21 +61,38 @@ def run(argv: Sequence[str]) -> None:
     from absl import logging
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
-    logging.set_verbosity(logging.WARNING)  # counts that differ, labels without a class
-    folders = (flags.data_dir, flags.manual_dir, flags.download_dir)
-    data_dir, manual_dir, download_dir = (x and os.path.expanduser(x) for x in folders)
-    if manual_dir and '://' not in manual_dir and not os.path.isdir(manual_dir):
-        raise UserError(f'--manual_dir={manual_dir}: is no folder')
-    builder = make_builder(flags.name, data_dir)
+    folders = {
+        flag: os.path.expanduser(folder)
+        for flag in ('data_dir', 'manual_dir', 'download_dir')
+        if (folder := getattr(flags, flag))
+    }
+    for flag, folder in folders.items():
+        there = exists(folder)  # raises where no such address can be read
+        if '://' not in folder and (there or flag == 'manual_dir') and not os.path.isdir(folder):
+            raise UserError(f'--{flag}={folder}: is no folder')
+    builder = make_builder(flags.name, folders.get('data_dir'))
     if flags.describe:
         print(inspect.getdoc(type(builder)))
         print(f'\n--manual_dir: {builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "not needed"}')
         return
     if builder.is_prepared():
         print(f'{builder.data_path} is there already; delete it to prepare it again')
-    config = tfds.download.DownloadConfig(manual_dir=manual_dir)
+    else:
+        print(f'preparing {flags.name} in {builder.data_path}', flush=True)
+    warnings: list[str] = []
+
+    def kept(record: python_logging.LogRecord) -> bool:
+        warnings.append(record.getMessage())
+        return True
+
+    logging.set_verbosity(logging.WARNING)  # counts that differ, labels without a class
+    python_logging.getLogger('absl').addFilter(kept)
+    config = tfds.download.DownloadConfig(manual_dir=folders.get('manual_dir'))
     try:
-        builder.download_and_prepare(download_dir=download_dir, download_config=config)
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces data of an unknown size
+            builder.download_and_prepare(
+                download_dir=folders.get('download_dir'), download_config=config
+            )
     except AssertionError as error:  # so TFDS says that manual_dir lacks something
         if 'anual' not in str(error):
             raise
@@ -83,10 +104,14 @@ def run(argv: Sequence[str]) -> None:
     ) as error:
         if disk_is_full(error):
             raise
-        raise UserError(
-            f'{flags.name}: {" ".join(str(error).split())}; an archive that cannot be downloaded '
-            'here may be put into --manual_dir'
-        ) from error
+        advice = '; an archive that cannot be downloaded here may be put into --manual_dir'
+        if getattr(error, 'filename', None):  # it is not the network
+            advice = ''
+        raise UserError(f'{flags.name}: {" ".join(str(error).split())}{advice}') from error
+    finally:
+        python_logging.getLogger('absl').removeFilter(kept)
+    for text in warnings:  # they were told amid progress bars
+        print(f'warning: {text}', file=sys.stderr)
     for name, split in builder.info.splits.items():
         print(f'{name}: {split.num_examples} images')
     print(builder.data_path)

@@ -5,11 +5,15 @@ unpacking them, and stores the bytes of the image as they are and a PNG of class
 that PNG: TFDS would start a TensorFlow session for it, which takes hold of an accelerator.
 """
 
+import contextlib
+import errno
 import inspect
 import io
 import os
+import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -27,12 +31,15 @@ from psp_jax.errors import UserError
 
 ARRAY_RECORD = file_adapters.FileFormat.ARRAY_RECORD
 
+# What damaged bytes of an archive raise. RuntimeError: a bit that says that it is encrypted.
+_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError, ValueError)
+
 
 class Archive(NamedTuple):
     """The files in a zip or tar file.
 
     path: where it lies, for messages. names: of the files in it. read: name -> the file's bytes;
-        raises UserError for a name that is not there.
+        raises UserError for a name that is not there, or whose bytes are damaged.
     """
 
     path: str
@@ -123,21 +130,28 @@ def find_archives(
     return found | (dl_manager.download(missing) if missing else {})
 
 
+@contextlib.contextmanager
+def whole(path: epath.PathLike, otherwise: str) -> Iterator[None]:
+    """Names the archive where reading it fails: raises UserError, '{path} {otherwise}: ...'."""
+    try:
+        yield
+    except (*_DAMAGE, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a place before the start
+            raise
+        raise UserError(f'{path} {otherwise}: delete it and run this again') from error
+
+
 def open_zip(path: epath.PathLike) -> Archive:
     """Opens a zip file, local or in a bucket. Raises UserError where it is none or is cut off."""
-    try:
+    with whole(path, 'is not a whole zip file'):
         file = zipfile.ZipFile(epath.Path(path).open('rb'))
-    except zipfile.BadZipFile as error:
-        raise UserError(f'{path} is not a whole zip file: delete it and run this again') from error
     names = [name for name in file.namelist() if not name.endswith('/')]
 
     def read(name: str) -> bytes:
-        try:
+        if name not in file.NameToInfo:
+            raise UserError(f'{path} holds no {name}')
+        with whole(path, f'is damaged at {name}'):
             return file.read(name)
-        except KeyError:
-            raise UserError(f'{path} holds no {name}') from None
-        except zipfile.BadZipFile as error:
-            raise UserError(f'{path} is damaged at {name}: delete it and run this again') from error
 
     return Archive(os.fspath(path), names, read)
 

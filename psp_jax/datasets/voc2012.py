@@ -91,7 +91,7 @@ class Voc2012(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
 
         def labels(name: str) -> np.ndarray:
             if name.endswith('.mat'):
-                return scipy.io.loadmat(io.BytesIO(sbd.read(name)))['GTcls']['Segmentation'][0, 0]
+                return read_mat(sbd, name)
             return common.read_label(voc, name)
 
         return common.examples(pairs, voc, labels, 'voc2012')
@@ -99,17 +99,16 @@ class Voc2012(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
 
 def open_voc(path: epath.PathLike) -> common.Archive:
     """VOC's tar file, of which any file can be read at any time."""
-    try:
+    with common.whole(path, 'is not a whole tar file'):
         tar = tarfile.open(fileobj=epath.Path(path).open('rb'), mode='r:')
         files = {posixpath.normpath(member.name): member for member in tar if member.isfile()}
-    except tarfile.TarError as error:
-        raise UserError(f'{path} is not a whole tar file: delete it and run this again') from error
 
     def read(name: str) -> bytes:
-        file = tar.extractfile(files[name]) if name in files else None
-        if file is None:
-            raise UserError(f'{path} holds no {name}')
-        return file.read()
+        with common.whole(path, f'is damaged at {name}'):
+            file = tar.extractfile(files[name]) if name in files else None
+            if file is not None:
+                return file.read()
+        raise UserError(f'{path} holds no {name}')
 
     return common.Archive(os.fspath(path), list(files), read)
 
@@ -117,16 +116,16 @@ def open_voc(path: epath.PathLike) -> common.Archive:
 def open_sbd(path: epath.PathLike) -> common.Archive:
     """SBD's labels and lists, all in memory: a compressed tar file has to be read front to back."""
     files = {}
-    try:
-        with tarfile.open(fileobj=epath.Path(path).open('rb'), mode='r|gz') as tar:
-            for member in tar:
-                name = posixpath.normpath(member.name)
-                if name.startswith(f'{_SBD_FOLDER}/cls/') or name in _SBD_LISTS:
-                    file = tar.extractfile(member)
-                    if file is not None:
-                        files[name] = file.read()
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f'{path} is not a whole tgz file: delete it and run this again') from error
+    with (
+        common.whole(path, 'is not a whole tgz file'),
+        tarfile.open(fileobj=epath.Path(path).open('rb'), mode='r|gz') as tar,
+    ):
+        for member in tar:
+            name = posixpath.normpath(member.name)
+            if name.startswith(f'{_SBD_FOLDER}/cls/') or name in _SBD_LISTS:
+                file = tar.extractfile(member)
+                if file is not None:
+                    files[name] = file.read()
 
     def read(name: str) -> bytes:
         if name not in files:
@@ -134,6 +133,16 @@ def open_sbd(path: epath.PathLike) -> common.Archive:
         return files[name]
 
     return common.Archive(os.fspath(path), list(files), read)
+
+
+def read_mat(sbd: common.Archive, name: str) -> np.ndarray:
+    """The class ids uint8 [H, W] in one of SBD's .mat files."""
+    try:
+        return scipy.io.loadmat(io.BytesIO(sbd.read(name)))['GTcls']['Segmentation'][0, 0]
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # SciPy raises nearly anything on broken files
+        raise UserError(f'{sbd.path} is damaged at {name}: delete it and run this again') from error
 
 
 def pairs_of(voc: common.Archive, sbd: common.Archive, split: str) -> list[common.Pair]:
