@@ -10,6 +10,9 @@ from psp_jax.data import scenes
 from psp_jax.data.labels import label_space, label_table
 from psp_jax.errors import UserError
 
+# Names and colours of mmsegmentation and semseg, ids of cityscapesScripts.
+TABLES = json.loads(Path(__file__).with_name('labels.json').read_text())
+
 
 def colors_of(classes):
     space = label_space(classes)
@@ -33,11 +36,26 @@ def test_known_label_spaces_are_complete(classes, count, first, last):
     assert (space.colors.shape, space.colors.dtype) == ((count, 3), np.uint8)
 
 
-def test_colours_are_the_published_ones():
-    ade, city, camvid = (colors_of(name) for name in ('ade20k', 'cityscapes', 'camvid'))
-    assert ade['sky'] == (6, 230, 230) and ade['bed'] == (204, 5, 255)
-    assert ade['chest of drawers'] == (6, 51, 255)
-    assert city['road'] == (128, 64, 128) and city['traffic sign'] == (220, 220, 0)
+@pytest.mark.parametrize('classes', TABLES)
+def test_names_and_colours_are_those_of_an_independent_table(classes):
+    space, table = label_space(classes), TABLES[classes]
+    assert list(space.names) == table['names']
+    np.testing.assert_array_equal(space.colors, table['colors'])
+
+
+def test_ade20k_gives_road_and_skyscraper_one_colour():
+    for colors in (colors_of('ade20k'), dict(zip(*TABLES['ade20k'].values(), strict=True))):
+        assert tuple(colors['road']) == tuple(colors['skyscraper']) == (140, 140, 140)
+
+
+def test_ids_of_cityscapes_become_the_train_ids_of_an_independent_table():
+    np.testing.assert_array_equal(
+        label_table('cityscapes_ids')[:34], TABLES['cityscapes']['train_ids']
+    )
+
+
+def test_colours_of_camvid_are_segnets():
+    camvid = colors_of('camvid')
     assert camvid['Pavement'] == (60, 40, 222) and camvid['Bicyclist'] == (0, 128, 192)
 
 
