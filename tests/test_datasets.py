@@ -371,6 +371,15 @@ def test_another_format_wins_and_what_is_there_is_read_in_its_format(tmp_path):
     assert len(list(again.as_dataset(split='train'))) == 2
 
 
+def test_every_archive_of_voc_and_coco_has_a_checksum():
+    for builder_class in (Voc2012, CocoVoc):
+        addresses = sys.modules[builder_class.__module__]._ADDRESSES
+        known = builder_class.url_infos
+        assert {name: known[url].filename for name, url in addresses.items()} == {
+            name: name for name in addresses
+        }
+
+
 def test_array_records_reach_a_bucket(tmp_path):
     address = 'ram://bucket/camvid-train.array_record-00000-of-00001'
     writer = common.ExampleWriter(common.ARRAY_RECORD)

@@ -15,7 +15,9 @@ sys.path.append(str(Path(__file__).parents[2]))  # `tfds build FILE` does not kn
 from psp_jax.datasets import common
 
 # The address is that of the benchmark's own page and of GluonCV's scripts/datasets/ade20k.py. No
-# SHA-256 of the archive is published; its MD5 is 7328b3957e407ddae1d3cbf487f149ef.
+# SHA-256 of the archive, which alone TFDS compares, is published: checksums.tsv has no line of it.
+# By hand: SHA-1 219e1696abb36c8ba3a3afe7fb2f4b4606a897c7 (GluonCV), MD5
+# 7328b3957e407ddae1d3cbf487f149ef.
 _ARCHIVE = 'ADEChallengeData2016.zip'
 _ADDRESSES = {_ARCHIVE: f'http://data.csail.mit.edu/places/ADEchallenge/{_ARCHIVE}'}
 _CITATION = """\

@@ -21,8 +21,7 @@ sys.path.append(str(Path(__file__).parents[2]))  # `tfds build FILE` does not kn
 from psp_jax.datasets import common
 from psp_jax.errors import UserError
 
-# The addresses are torchvision's (datasets/voc.py and sbd.py). The first archive's checksum is in
-# checksums.tsv; of the second its MD5 is known, 82b4d87ceb2ed10f6038a1cba92111cb.
+# The addresses are torchvision's (datasets/voc.py and sbd.py); checksums.tsv has the checksums.
 _VOC, _SBD = 'VOCtrainval_11-May-2012.tar', 'benchmark.tgz'
 _ADDRESSES = {
     _VOC: f'https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/{_VOC}',
