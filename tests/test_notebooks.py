@@ -18,7 +18,9 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from subprocess import CalledProcessError
 from types import SimpleNamespace
+from unittest import mock
 
 import nbformat
 import numpy as np
@@ -186,7 +188,7 @@ def runtime(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path / 'content')
     monkeypatch.setattr(sys, 'path', list(sys.path))
 
-    def install(answers, has_tensorflow=True):
+    def install(answers, has_tensorflow=True, git_exit_code=0):
         answers = iter(answers)
         find_spec = importlib.util.find_spec
         monkeypatch.setattr(subprocess, 'check_output', lambda *_, **__: json.dumps(next(answers)))
@@ -196,7 +198,9 @@ def runtime(monkeypatch, tmp_path):
 
         def system(command):
             typed.append(shlex.split(re.sub(r'\{(\w+)\}', lambda m: namespace[m[1]], command)))
-            if typed[-1][0] == 'git':
+            if typed[-1][0] == 'git' and git_exit_code:
+                namespace['_exit_code'] = git_exit_code
+            elif typed[-1][0] == 'git':
                 (Path('psp_jax') / 'psp_jax/model').mkdir(parents=True)
                 shutil.copy(ROOT / 'requirements.txt', 'psp_jax')
 
@@ -232,6 +236,19 @@ def test_a_runtime_without_tensorflow_gets_the_lean_one(runtime):
 def test_an_accelerator_that_is_gone_after_installing_stops_the_notebook(runtime):
     with pytest.raises(AssertionError, match=r"was \['0.7.2', 1, 'Tesla T4'\] and is \['0.11.0'"):
         runtime([['0.7.2', 1, 'Tesla T4'], ['0.11.0', 1, 'cpu']])
+
+
+def test_code_that_cannot_be_fetched_stops_the_notebook_in_plain_words(runtime):
+    with pytest.raises(AssertionError, match='git could not fetch the code: it says above why'):
+        runtime([['0.7.2', 1, 'Tesla T4']], git_exit_code=128)
+
+
+def test_a_runtime_whose_jax_does_not_start_stops_the_notebook_in_plain_words(runtime, monkeypatch):
+    monkeypatch.setattr(
+        json, 'dumps', mock.Mock(side_effect=CalledProcessError(1, '', '', 'no TPU'))
+    )
+    with pytest.raises(RuntimeError, match='jax does not start in this runtime: no TPU'):
+        runtime([[]])
 
 
 def test_weights_that_cannot_be_had_are_replaced_by_random_ones(monkeypatch, capsys):
