@@ -5,10 +5,10 @@ Command:  python -m psp_jax.main --config configs/cityscapes.py:depth=101
           With the coarse annotations, which took the paper from 78.4 to 80.2 mIoU on the test set,
           in two stages:
 
-          python -m psp_jax.main --config configs/cityscapes.py:depth=101,recipe=coarse \
-              --workdir runs/coarse
-          python -m psp_jax.main --config configs/cityscapes.py:depth=101 \
-              --config.init_from=runs/coarse
+          python -m psp_jax.main --workdir runs/coarse \
+              --config configs/cityscapes.py:depth=101,source=tfds,recipe=coarse
+          python -m psp_jax.main --config.init_from=runs/coarse \
+              --config configs/cityscapes.py:depth=101,source=tfds
 
 Arguments:
   depth=50          18 | 34 | 50 | 101 | 152 | 269

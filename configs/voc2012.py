@@ -6,7 +6,8 @@ Command:  python -m psp_jax.main --config configs/voc2012.py:depth=101
 
           python -m psp_jax.main --config configs/voc2012.py:depth=101,pretrain=coco \
               --workdir runs/coco
-          python -m psp_jax.main --config configs/voc2012.py:depth=101 --config.init_from=runs/coco
+          python -m psp_jax.main --config configs/voc2012.py:depth=101,source=tfds \
+              --config.init_from=runs/coco
 
 Arguments:
   depth=50          18 | 34 | 50 | 101 | 152 | 269

@@ -113,6 +113,18 @@ def test_a_config_file_says_what_it_is_its_command_and_what_to_expect(name):
         load_config(command)
 
 
+@pytest.mark.parametrize(('name', 'first'), [('voc2012', 'coco'), ('cityscapes', 'coarse')])
+def test_the_two_stages_of_a_config_file_are_those_of_the_page_on_data(name, first):
+    """A second stage from lists after a first one from TFDS would need the data set twice."""
+
+    def stages(text):
+        found = {config.rstrip('`') for config in re.findall(rf'configs/{name}\.py:\S+', text)}
+        return {c for c in found if 'depth=101' in c and (first in c or 'source' in c)}
+
+    page = stages((ROOT / 'docs/data.md').read_text())
+    assert len(page) == 2 and page <= stages(docstring(name))
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_the_arguments_a_config_file_names_are_those_it_has(name):
     documented = re.findall(r'^  ((\w+)=\S+)(?:  |$)', docstring(name), re.M)
