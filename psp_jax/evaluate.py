@@ -88,8 +88,10 @@ def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> 
     `evaluate(variables, step, write=None)` gives the Result; `write(number, prediction)` gets
     every prediction, where it is given. `panels(variables, numbers)` looks at some images again.
     Every process scores every `process_count`-th image on its own devices, at its own pace; only
-    the counts are summed over processes in the end.
+    the counts are summed in the end. Raises UserError where no label of `source` holds a class.
     """
+    if not holds_classes(source, config.data.threads):
+        raise UserError(f'data.{config.eval.split}: no label holds a class; set another eval.split')
     mesh = local_mesh(config.mesh.data, config.mesh.space)
     names = label_space(config.data.classes).names
     share = range(jax.process_index(), source.length, jax.process_count())
@@ -322,12 +324,23 @@ def prediction_writer(
     return write
 
 
+def holds_classes(source: Source, threads: int) -> bool:
+    """Whether any label of `source` has a pixel that counts; test sets may be all ignored.
+
+    Reads until there is one, `threads` examples at a time (0 = all cores).
+    """
+    if not source.labelled:
+        return False
+    examples = read_ahead(source.read, range(source.length), threads)
+    return any((label != IGNORE).any() for _, label in examples)
+
+
 def evaluate_checkpoint(
     config: ConfigDict | None, workdir: str, which: str, overrides: list[str]
 ) -> None:
     """Scores a checkpoint and writes `WORKDIR/eval`; the configuration defaults to its own.
 
-    Of a split without labels it writes the predictions alone.
+    Of a split without labels, or whose labels hold no class, it writes the predictions alone.
     """
     path, step = checkpoint.find(workdir, which)
     # While the run goes on, another process may have found another one.
@@ -345,9 +358,10 @@ def evaluate_checkpoint(
     source = make_source(config.data, config.eval.split)
     check_source(source)
     variables = restore_variables(config, path, step)
-    saves = config.eval.save_predictions or not source.labelled
+    labelled = holds_classes(source, config.data.threads)
+    saves = config.eval.save_predictions or not labelled
     write = prediction_writer(source, folder, config) if saves else None
-    if write and not source.labelled:
+    if write and not labelled:
         predict_split(config, variables, source, write)
         report.say(f'{source.length} predictions written to {folder}/predictions')
         return

@@ -215,7 +215,7 @@ def test_sliding_windows_by_the_command_line_leave_a_report(trained, tmp_path, c
     assert 'written to' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('form', ['list', 'dirs'])
+@pytest.mark.parametrize('form', ['list', 'dirs', 'labels of 255'])
 def test_a_split_without_labels_gets_predictions_alone(form, trained, tmp_path, capsys):
     for i in range(2):
         path = tmp_path / 'images' / f'unknown {i}.png'
@@ -223,8 +223,12 @@ def test_a_split_without_labels_gets_predictions_alone(form, trained, tmp_path, 
         Image.fromarray(a_picture(seed=i)).save(path)
     (tmp_path / 'test.txt').write_text('images/unknown 0.png\nimages/unknown 1.png\n')
     words = ['--config.eval.split=test', f'--config.data.root={tmp_path}']
-    words += [f'--config.data.source={form}']
-    words += ['--config.data.test=test.txt' if form == 'list' else '--config.data.test=images']
+    if form == 'labels of 255':  # as those of Cityscapes's test set
+        Image.new('L', (57, 40), 255).save(tmp_path / 'void.png')
+        lines = [f'images/unknown {i}.png\tvoid.png\n' for i in range(2)]
+        (tmp_path / 'test.txt').write_text(''.join(lines))
+    words += [f'--config.data.source={"dirs" if form == "dirs" else "list"}']
+    words += ['--config.data.test=images' if form == 'dirs' else '--config.data.test=test.txt']
     assert main([*copy_of(trained, tmp_path), *words]) == 0
     written = [p.relative_to(tmp_path / 'run' / 'eval') for p in tmp_path.rglob('run/eval/**/*.*')]
     assert sorted(map(str, written)) == [
