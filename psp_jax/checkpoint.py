@@ -9,6 +9,8 @@ import errno
 import itertools
 import json
 import os
+import time
+import uuid
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +23,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
+from psp_jax import processes
 from psp_jax.config import from_json
 from psp_jax.errors import PASSING_TEXTS, PassingError, UserError
 
@@ -32,6 +35,8 @@ class Unreadable(UserError):
 # What orbax and tensorstore raise where files of a checkpoint are missing, cut off or changed.
 _UNREADABLE = (OSError, KeyError, TypeError, ValueError)
 
+
+_SHARED_DISKS_TAKE = 60  # seconds at most, to show one process what another has written
 
 # Of these a later try may know more.
 _PASSING = (TimeoutError, ConnectionError)
@@ -72,6 +77,28 @@ def open_manager(workdir: str, keep: int) -> Manager:
     except OSError as error:
         raise UserError(f'{path}: cannot be written ({error.strerror}); set --workdir') from error
     return Manager(path, options=options)
+
+
+def check_shared(manager: Manager) -> None:
+    """Raises UserError where the processes of a run do not have the working directory in common."""
+    if jax.process_count() == 1:
+        return
+    name = f'.seen-by-all-{uuid.uuid4().hex}'
+    mark = manager.directory.parent / processes.exchange(name)[0]
+    if jax.process_index() == 0:
+        mark.touch()
+    processes.exchange('written')
+    until = time.monotonic() + _SHARED_DISKS_TAKE
+    while not mark.exists() and time.monotonic() < until:
+        time.sleep(0.5)
+    seen = processes.exchange('seen' if mark.exists() else '')
+    if jax.process_index() == 0:
+        mark.unlink(missing_ok=True)
+    if not all(seen):
+        raise UserError(
+            f'{manager.directory.parent}: process {seen.index("")} does not see what process 0 '
+            'writes there: set --workdir to a folder on a disk that all share, or in a bucket'
+        )
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -175,8 +202,18 @@ def find(workdir: str, which: str) -> tuple[epath.Path, int]:
 def reader(path: epath.Path) -> Manager:
     """A manager that only reads, for a context."""
     handlers = {'state': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()}
-    options = ocp.CheckpointManagerOptions(read_only=True, best_fn=lambda metrics: metrics['mIoU'])
+    options = ocp.CheckpointManagerOptions(
+        read_only=True,
+        best_fn=lambda metrics: metrics['mIoU'],
+        multiprocessing_options=_by_itself(),
+    )
     return Manager(path, options=options, item_handlers=handlers)
+
+
+def _by_itself() -> ocp.options.MultiprocessingOptions:
+    """Of reading: each process for itself, since one that fails would leave the others waiting."""
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
 
 
 def read_meta(path: epath.Path, step: int) -> dict[str, Any]:
@@ -253,7 +290,8 @@ def read_arrays(path: epath.Path, step: int, wanted: dict[str, Any]) -> dict[str
 def _read(path: epath.Path, step: int, arguments: dict[str, ocp.RestoreArgs]) -> dict[str, Any]:
     tree = unflatten_dict(arguments, sep='/')
     restoring = ocp.args.PyTreeRestore(item=tree, restore_args=tree, partial_restore=True)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    handler = ocp.PyTreeCheckpointHandler()
+    with ocp.Checkpointer(handler, multiprocessing_options=_by_itself()) as checkpointer:
         try:
             found = checkpointer.restore(path / str(step) / 'state', args=restoring)
         except _UNREADABLE as error:

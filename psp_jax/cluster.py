@@ -5,7 +5,7 @@ import sys
 import threading
 from typing import Any
 
-from psp_jax.command_line import PREEMPTED
+from psp_jax.command_line import NOT_JOINED
 from psp_jax.errors import UserError
 
 INITIALIZATION_TIMEOUT = 300  # seconds that processes wait for the last one to start
@@ -19,7 +19,7 @@ def join(address: str | None, count: int | None, index: int | None) -> Any:
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; without them as JAX finds by
     itself on Cloud TPUs, Slurm and Open MPI. None where this process is alone. Raises UserError
     where they do not fit. Where the others do not come within INITIALIZATION_TIMEOUT, the process
-    says so and ends with PREEMPTED, since a later start may find them.
+    says so and ends with NOT_JOINED: a later start may find them.
     """
     import jax
     from jax._src import distributed  # no public way to the key-value store, as orbax's own code
@@ -53,7 +53,7 @@ def join(address: str | None, count: int | None, index: int | None) -> Any:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(PREEMPTED)  # they may be there the next time
+        os._exit(NOT_JOINED)
 
     jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM away
     # JAX would end this process with pages of C++.

@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 
 from psp_jax.errors import PassingError, UserError
 
-PREEMPTED = 75  # exit code after SIGTERM; sysexits.h: a temporary failure, to be tried again
+# Exit codes, by the names of sysexits.h.
+PREEMPTED = 75  # after SIGTERM; a temporary failure, to be tried again
+NOT_JOINED = 69  # the other processes of the run did not come; unavailable
 
 
 class Parser(argparse.ArgumentParser):

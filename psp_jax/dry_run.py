@@ -33,7 +33,7 @@ from psp_jax.command_line import whole_file
 from psp_jax.data.labels import label_space
 from psp_jax.data.pipeline import train_batches
 from psp_jax.data.sources import make_source
-from psp_jax.errors import UserError
+from psp_jax.errors import PassingError, UserError
 from psp_jax.model import pspnet
 from psp_jax.protocols import Size
 from psp_jax.state import TrainState, create_state, enable_float64, init_variables
@@ -315,7 +315,7 @@ def read_batch(config: ConfigDict) -> dict[str, Any]:
         batches = train_batches(source, config, start_step=0, process_index=0, process_count=1)
         batch = next(batches)
         batches.close()
-    except UserError as error:
+    except (UserError, PassingError) as error:
         return {'read': False, 'reason': str(error)}
     return {
         'read': True,

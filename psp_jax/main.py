@@ -44,7 +44,8 @@ many processes: the same command on each, which finds the others on Cloud TPU, S
   elsewhere by --coordinator_address, --num_processes and --process_id
 
 exit codes: 0 done, 2 an error of the user's (one line on stderr says which), 75 stopped by SIGTERM
-  (run the same command again; training goes on from a checkpoint), 130 interrupted
+  (run the same command again; training goes on from a checkpoint), 69 other processes did not come,
+  130 interrupted
 """
 
 

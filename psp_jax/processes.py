@@ -11,6 +11,7 @@ or to all. A thread hears it even while the main thread is compiling. What happe
 The process that hears it tells the others by JAX's coordination service, of which the first process
 is the server and therefore the last to leave. All exit with PREEMPTED. A second SIGTERM ends a
 process at once. Errors travel the same way: if one process fails, the others do not wait for it.
+When all have done their work the first process says so, and from then on SIGTERM changes nothing.
 
 JAX has a notifier of its own. It needs to be polled with steps that rise by one, hears nothing
 while the main thread is busy, and takes every further SIGTERM; so it is switched off.
@@ -35,19 +36,22 @@ from psp_jax.command_line import PREEMPTED, disk_is_full
 from psp_jax.errors import PassingError, UserError
 
 _POLL = 0.25  # seconds between looks at what the other processes say
+_ECHO = 1  # second within which another SIGTERM is the same one: a shell and a cluster both send it
 _JOINING = 10  # seconds that SIGTERM waits for the other processes to be there to be told
 _PATIENCE = 60  # seconds that processes wait for what others have to say at the end
 _SERVER_STAYS = 0.5  # seconds, for the answers that are under way
 _KEYS = 'psp_jax'  # of the coordination service
+_NEWS = f'{_KEYS}/news'  # those that every process looks for all the time: few
 
 
 @dataclass
 class _Run:
-    """What the threads of a process share; `lock` guards said, position and may_leave."""
+    """What the threads of a process share; `lock` guards said, position, may_leave and over."""
 
     client: Any = None  # of JAX's coordination service; None in a run of one process
     index: int = 0
     count: int = 1
+    exchanges: int = 0
     # Set once the processes have come together, or will not.
     joined: threading.Event = field(default_factory=threading.Event)
     lock: Any = field(default_factory=threading.Lock)
@@ -55,6 +59,7 @@ class _Run:
     position: int = 0
     may_leave: bool = True
     wait: Callable[[], object] = lambda: None  # returns once all saving is finished
+    saving: Any = field(default_factory=threading.Lock)  # held while a save is begun
     decided: threading.Event = field(default_factory=threading.Event)
     last: int = 0  # the step that all stop after; once `decided` is set
     failed: bool = False  # another process told of an error, which ends this one too
@@ -92,11 +97,20 @@ def table() -> list[str]:
 
     local = jax.local_devices()
     own = f'{socket.gethostname()}, pid {os.getpid()}: {len(local)} x {local[0].device_kind}'
+    return [f'process {i} on {host}' for i, host in enumerate(exchange(own))]
+
+
+def exchange(text: str, seconds: float = 3600) -> list[str]:
+    """What all processes say here, in their order; each calls it, as often as the others.
+
+    Unlike the collectives of devices it leaves a process that waits free to hear of errors.
+    """
     if _run.client is None:
-        return [f'process 0 on {own}']
-    _run.client.key_value_set(f'{_KEYS}/host/{_run.index}', own)
-    hosts = [_read('host', i, cluster.INITIALIZATION_TIMEOUT) for i in range(_run.count)]
-    return [f'process {i} on {host}' for i, host in enumerate(hosts)]
+        return [text]
+    _run.exchanges += 1
+    name = f'exchange/{_run.exchanges}'
+    _run.client.key_value_set(f'{_KEYS}/{name}/{_run.index}', text)
+    return [_read(name, i, seconds) for i in range(_run.count)]
 
 
 def _read(what: str, index: int, seconds: float) -> str:
@@ -154,20 +168,20 @@ def _handle() -> None:
 
 
 def _listen(run: _Run, reading: int) -> None:
-    count, failed = 0, False
+    first, failed = 0.0, False
     while not run.over:
-        if select.select([reading], [], [], _POLL)[0]:
-            count += os.read(reading, 64).count(signal.SIGTERM)
-            if count > 1:
-                os._exit(128 + signal.SIGTERM)
-            if count:
+        if select.select([reading], [], [], _pause(run))[0]:
+            if signal.SIGTERM in os.read(reading, 64):
+                if first and time.monotonic() > first + _ECHO:
+                    os._exit(128 + signal.SIGTERM)
+                first = first or time.monotonic()
                 _notice(run)
         elif run.client is not None and not failed:
             try:
-                said = dict(run.client.key_value_dir_get(_KEYS))
+                said = dict(run.client.key_value_dir_get(_NEWS))
             except Exception:  # if the server is gone, JAX ends this process
                 continue
-            failed = f'{_KEYS}/failed/{run.index}' in said  # the main thread sees to it
+            failed = f'{_NEWS}/failed/{run.index}' in said  # the main thread sees to it
             errors = [text for key, text in said.items() if '/failed/' in key]
             if errors and not failed:
                 code, _, text = errors[0].partition(' ')
@@ -193,8 +207,10 @@ def _agree(run: _Run) -> None:
         run.joined.wait(_JOINING)  # leaving now, it would have the others wait for it
         said = [run.said]
         if run.client is not None:
-            run.client.key_value_set(f'{_KEYS}/notice/{run.index}', run.said)
-            said = [_read('notice', i, _PATIENCE) for i in range(run.count)]
+            run.client.key_value_set(f'{_NEWS}/notice/{run.index}', run.said)
+            said = _notices(run)
+            if not said:
+                return
         if 'leaving' in said:  # a further step would take that process too
             leave()
         run.last = max(map(int, said))
@@ -204,9 +220,30 @@ def _agree(run: _Run) -> None:
         os._exit(1)
 
 
+def _notices(run: _Run) -> list[str]:
+    """What all processes have said, or nothing where the run ended before the first one heard."""
+    until = time.monotonic() + _PATIENCE
+    while True:
+        news = dict(run.client.key_value_dir_get(_NEWS))
+        if f'{_NEWS}/ended/0' in news:
+            return []
+        said = [news.get(f'{_NEWS}/notice/{i}', '') for i in range(run.count)]
+        if all(said):
+            return said
+        if time.monotonic() > until:
+            raise TimeoutError(f'process {said.index("")} did not answer within {_PATIENCE} s')
+        time.sleep(_POLL)
+
+
+def _pause(run: _Run) -> float:
+    """Seconds between looks: the more processes ask the first one, the seldomer each does."""
+    return _POLL * max(1, run.count / 32)
+
+
 def leave() -> None:
     """Ends this process with PREEMPTED once all saving is finished, the first process last."""
     run = _run
+    run.saving.acquire()  # the main thread may be about to begin a save that `wait` would not see
     try:
         run.wait()
     except BaseException as error:
@@ -235,6 +272,11 @@ def wait_for(saving: Callable[[], object]) -> None:
     _run.wait = saving
 
 
+def saving() -> Any:
+    """A context within which a save is begun: SIGTERM does not end the process until it is."""
+    return _run.saving
+
+
 def stops_before(step: int) -> bool:
     """Whether the run ends before this step, the same answer in all processes; if not, it begins.
 
@@ -258,9 +300,11 @@ def leaving_is_safe() -> Iterator[None]:
     if said:
         run.decided.wait()
         leave()
-    yield
-    with run.lock:
-        run.may_leave, said = before, run.said
+    try:
+        yield
+    finally:
+        with run.lock:
+            run.may_leave, said = before, run.said
     if said:
         _sleep_until_the_end()
 
@@ -270,7 +314,7 @@ def told_to_all() -> Iterator[None]:
     """Tells the other processes of an error within the block, so that they end too."""
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         run = _run
         if run.said and (run.said == 'leaving' or not run.decided.wait(_PATIENCE)) or run.failed:
             _sleep_until_the_end()  # others have left, hence the error
@@ -278,9 +322,11 @@ def told_to_all() -> Iterator[None]:
             users = isinstance(error, UserError) or disk_is_full(error)
             told = users or isinstance(error, PassingError)
             code, text = 2 if users else 1, error if told else repr(error)
+            if isinstance(error, KeyboardInterrupt):
+                code, text = 130, 'interrupted'
             text = ' '.join(f'{code} process {run.index}: {text}'.split())
             with contextlib.suppress(Exception):
-                run.client.key_value_set(f'{_KEYS}/failed/{run.index}', text)
+                run.client.key_value_set(f'{_NEWS}/failed/{run.index}', text)
                 _heard(run)
         raise
 
@@ -308,15 +354,27 @@ def ended(run: Callable[[], int]) -> int:
 def _end_together(run: _Run) -> None:
     """Returns once all processes are here; until then this one hears what the others say.
 
-    JAX itself would wait for them too, but deaf, and for some minutes at most.
+    JAX itself would wait for them too, but deaf, and for some minutes at most. Whether SIGTERM came
+    in time is for the first process to say, or some might leave and others finish.
     """
     with run.lock:
         run.may_leave, said = True, run.said
     if said == 'leaving':
         _sleep_until_the_end()
     run.client.key_value_set(f'{_KEYS}/done/{run.index}', '')
+    while run.index and not run.client.key_value_dir_get(f'{_NEWS}/ended'):
+        time.sleep(_pause(run))
     while len(run.client.key_value_dir_get(f'{_KEYS}/done')) < run.count:
         time.sleep(_POLL)
+    with run.lock:
+        leaving = run.said == 'leaving' and run.index == 0
+        run.over = not leaving
+        if run.over:
+            run.said = ''
+    if leaving:
+        _sleep_until_the_end()
+    if run.index == 0:
+        run.client.key_value_set(f'{_NEWS}/ended/0', '')
 
 
 def _heard(run: _Run) -> None:

@@ -1,39 +1,49 @@
 """How a run that was interrupted goes on: from which checkpoint, and whether it is the same run."""
 
+import json
 from typing import Any
 
-import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from psp_jax import checkpoint, report
+from psp_jax import checkpoint, processes, report
 from psp_jax.config import from_json, resume_differences
 from psp_jax.data.sources import Source
 from psp_jax.errors import PassingError, UserError
 from psp_jax.state import TrainState
 
 
+def saved_steps(manager: checkpoint.Manager) -> list[int]:
+    """The steps of the checkpoints, from old to new, as the first process sees them.
+
+    Shared disks may show them to others a little later.
+    """
+    return json.loads(processes.exchange(json.dumps(sorted(manager.all_steps())))[0])
+
+
 def newest_state(
-    manager: checkpoint.Manager, config: ConfigDict, source: Source, target: Any
+    manager: checkpoint.Manager,
+    steps: list[int],
+    config: ConfigDict,
+    source: Source,
+    target: Any,
 ) -> tuple[int, TrainState]:
-    """Step and state of the newest checkpoint that can be read; damaged ones are set aside.
+    """Step and state of the newest of `steps` that can be read; damaged ones are set aside.
 
     Raises UserError where it is of another run, or none can be read, and PassingError where some
     processes can read it and others not: a restart may find their disk mended.
     """
     damaged: dict[int, checkpoint.Unreadable] = {}
-    for step in sorted(manager.all_steps(), reverse=True):
+    for step in reversed(steps):
         path, failure = manager.directory / str(step), None
         try:
             check_resume(checkpoint.read_meta(manager.directory, step), config, source, path)
             state = checkpoint.restore(manager.directory, step, target)
         except checkpoint.Unreadable as error:
             failure = error
-        readable = multihost_utils.process_allgather(np.asarray(failure is None))
-        if readable.any() and not readable.all():
-            raise PassingError(
-                f'{path}: not all processes can read it ({failure or "this one can"})'
-            )
+        failures = processes.exchange(str(failure or ''))
+        if any(failures) and not all(failures):
+            which = next(i for i, text in enumerate(failures) if text)
+            raise PassingError(f'process {which} cannot read what others can: {failures[which]}')
         if failure:
             damaged[step] = failure
             continue

@@ -155,13 +155,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
 
     # ---- A run that was interrupted goes on
     manager = checkpoint.open_manager(workdir, config.checkpoint_keep)
+    checkpoint.check_shared(manager)
     processes.wait_for(manager.wait_until_finished)
-    first = 0
-    if manager.latest_step():
+    first, steps = 0, resume.saved_steps(manager)
+    if steps and steps[-1]:
         target = on_devices(jax.eval_shape(make_state), mesh)
-        first, state = resume.newest_state(manager, config, source, target)
+        first, state = resume.newest_state(manager, steps, config, source, target)
         report.say(f'continuing from step {first} of {manager.directory / str(first)}')
-    elif manager.latest_step() == 0:
+    elif steps:
         raise UserError(
             f'--workdir={workdir} holds imported weights: to start from them, set '
             f'--config.init_from={workdir} and another --workdir'
@@ -176,7 +177,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
         report.say('init_from: ' + '; '.join(weights.report))
     else:
         state = make_state()
-    evaluated = not due(first, config) or manager.metrics(first) is not None
+    scored = due(first, config) and manager.metrics(first) is not None
+    # As the first process sees it: others would wait for scores that nobody makes.
+    evaluated = not due(first, config) or bool(processes.exchange('scored' if scored else '')[0])
     if first == config.total_steps and evaluated:
         report.say(f'step {first} is the last: the run is finished')
         manager.close()
@@ -227,7 +230,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
 
     def keep(step: int, state: TrainState) -> None:
         meta = {'config': to_json(config), 'examples': source.length, 'versions': versions()}
-        checkpoint.save(manager, step, state, meta)
+        with processes.saving():
+            checkpoint.save(manager, step, state, meta)
 
     def score(step: int, state: TrainState) -> None:
         """Evaluates a step that is saved, or about to be: nothing is lost where this ends."""

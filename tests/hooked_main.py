@@ -13,6 +13,9 @@ HOOKS is a JSON object:
     slow_join: S       all say 'joining' before they do, which process `only` does S seconds later
     patience: S        processes wait so long for the others to join
     joining: S         and so long after SIGTERM
+    unreadable: true   restoring a checkpoint fails as of a disk that lost it
+    hidden: true       checkpoints and their scores are not seen
+    elsewhere: true    --workdir is another folder
     heartbeat: S       and take one that is silent so long for dead
 """
 
@@ -109,6 +112,32 @@ def install(hooks):
     hook(hooks, 'slow_report', evaluate, 'write_result', slow('reporting'))
     hook(hooks, 'slow_reload', checkpoint.ocp.CheckpointManager, 'reload', slow('looking'))
     hook(hooks, 'slow_join', processes, 'start', late)
+
+    def unreadable(restore, _):
+        def restoring(*args, **kwargs):
+            if concerned(hooks):
+                raise FileNotFoundError('lost')
+            return restore(*args, **kwargs)
+
+        return restoring
+
+    def unseen(nothing):
+        def make(function, _):
+            return lambda *args: nothing if concerned(hooks) else function(*args)
+
+        return make
+
+    handler, manager = checkpoint.ocp.PyTreeCheckpointHandler, checkpoint.Manager
+    hook(hooks, 'unreadable', handler, 'restore', unreadable)
+    hook(hooks, 'hidden', manager, 'all_steps', unseen([]))
+    hook(hooks, 'hidden', manager, 'metrics', unseen(None))
+    hook(
+        hooks,
+        'elsewhere',
+        checkpoint,
+        'directory',
+        lambda directory, _: lambda workdir: directory(workdir + '-2' * concerned(hooks)),
+    )
     hook(hooks, 'patience', cluster, 'INITIALIZATION_TIMEOUT', lambda _, seconds: seconds)
     hook(hooks, 'joining', processes, '_JOINING', lambda _, seconds: seconds)
     hook(hooks, 'heartbeat', cluster, 'HEARTBEAT_TIMEOUT', lambda _, seconds: seconds)

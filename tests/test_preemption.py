@@ -16,7 +16,7 @@ from several import flags_of_processes
 from test_resume import arrays_in
 
 from psp_jax import cluster
-from psp_jax.command_line import PREEMPTED
+from psp_jax.command_line import NOT_JOINED, PREEMPTED
 from psp_jax.data.pipeline import example_index
 
 ROOT = Path(__file__).parents[1]
@@ -186,7 +186,9 @@ def test_a_second_sigterm_ends_at_once(start, tmp_path):
     run = start(hooks={'slow_save': 60})
     run.await_text('saving')
     run.send()
-    time.sleep(1)
+    time.sleep(0.2)
+    run.send()  # the same one, by another way: of a shell and of the cluster
+    time.sleep(2)
     assert run.processes[0].poll() is None
     run.send()
     assert run.codes(5) == [128 + signal.SIGTERM]
@@ -259,6 +261,36 @@ def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(start, tra
     assert steps_in(tmp_path / 'run') == ['10', '10.damaged', '5']
 
 
+def test_two_processes_start_from_what_the_first_one_sees(start, trained, tmp_path):
+    """Of checkpoints and scores that a shared disk shows to the second one later."""
+    shutil.copytree(trained.workdir, tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run/checkpoints/10')
+    run = start(count=2, hooks={'hidden': True, 'only': 1})
+    run.await_text(r'step +6/10')
+    run.send()
+    assert run.codes() == [PREEMPTED, PREEMPTED]
+    assert 'continuing from step 5' in run.text()
+    assert 'step 5  mIoU' not in run.text()  # it was evaluated before
+
+
+def test_a_checkpoint_that_only_one_process_can_read_ends_both(start, trained, tmp_path):
+    shutil.copytree(trained.workdir, tmp_path / 'run')
+    run = start(count=2, hooks={'unreadable': True, 'only': 1})
+    assert run.codes() == [1, 1]
+    for which in (0, 1):
+        (line,) = [s for s in run.text(which).splitlines() if s.startswith('psp_jax: error: ')]
+        assert 'process 1 cannot read what others can: ' in line and '/run/checkpoints/10' in line
+        assert 'Traceback' not in run.text(which)
+    assert steps_in(tmp_path / 'run') == ['10', '5']
+
+
+def test_processes_that_do_not_share_the_working_directory_are_told(start, tmp_path):
+    run = start(count=2, hooks={'elsewhere': True, 'only': 1})
+    assert run.codes() == [2, 2]
+    line = f'psp_jax: error: {tmp_path}/run: process 1 does not see what process 0 writes there: '
+    assert line in run.text(0) and 'Traceback' not in run.text(0) + run.text(1)
+
+
 @pytest.mark.parametrize(('count', 'devices'), [(1, 2), (2, 1)])
 def test_a_checkpoint_goes_on_elsewhere_with_the_same_loss(
     start, trained, tmp_path, count, devices, measured
@@ -309,15 +341,15 @@ def test_sigterm_before_the_processes_have_come_together_ends_both(start, tmp_pa
         run.await_text('joining', process)
     run.send(which=which)
     assert run.codes() == [PREEMPTED, PREEMPTED]
-    assert not (tmp_path / 'run').exists()
+    assert steps_in(tmp_path / 'run') == []
 
 
 @pytest.mark.parametrize('dead', [0, 1])
-def test_a_process_that_never_comes_ends_the_other_to_be_started_again(start, dead):
+def test_a_process_that_never_comes_ends_the_other(start, dead):
     run = start(count=2, hooks={'patience': 10, 'slow_join': 99, 'only': dead})
     run.await_text('joining', dead)
     run.send(signal.SIGKILL, dead)
-    assert run.codes()[1 - dead] == PREEMPTED
+    assert run.codes()[1 - dead] == NOT_JOINED
     assert 'psp_jax: error: the 2 processes did not come together' in run.text(1 - dead)
     assert 'Traceback' not in run.text(1 - dead)
 

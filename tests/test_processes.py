@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import made_once
-from several import flags_of_processes
+from several import flags_of_processes, free_port
 
 from psp_jax import processes
+from psp_jax.command_line import PREEMPTED
 from psp_jax.errors import UserError
 from psp_jax.main import main
 
@@ -72,6 +73,39 @@ def test_the_first_process_lists_all(results):
     lines = [line for line in results[4][1].splitlines() if line.startswith('process ')]
     assert [line.split(' on ')[0] for line in lines] == [f'process {i}' for i in range(4)]
     assert len({re.search(r'pid (\d+): 2 x cpu$', line)[1] for line in lines}) == 4
+
+
+AT_THE_END = """
+import os, signal, sys, time
+from psp_jax import processes
+
+index, address, delay = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+
+def run():
+    processes.start(address, 2, index)
+    others = processes.exchange(str(os.getpid()))
+    if index == 0:
+        time.sleep(2)  # the second has ended its work by now
+        os.kill(int(others[1]), signal.SIGTERM)
+        time.sleep(delay)
+    return 0
+
+with processes.listening():
+    code = processes.ended(run)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('delay', 'codes'), [(0, {0, PREEMPTED}), (2, {PREEMPTED})])
+def test_sigterm_when_the_work_is_done_ends_all_alike(delay, codes):
+    address = f'localhost:{free_port()}'
+    started = [
+        subprocess.Popen([sys.executable, '-c', AT_THE_END, str(i), address, str(delay)])
+        for i in (0, 1)
+    ]
+    found = {process.wait(timeout=50) for process in started}
+    assert len(found) == 1 and found <= codes
 
 
 @pytest.mark.parametrize(
