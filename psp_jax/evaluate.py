@@ -346,6 +346,8 @@ def evaluate_checkpoint(
     # While the run goes on, another process may have found another one.
     step = int(multihost_utils.broadcast_one_to_all(np.asarray(step)))
     config = config or checkpoint.config_of(path, step, overrides)
+    processes.still_alive(config.hang_seconds)
+    report.say('\n'.join(processes.table()))
     folder, where = folder_of(workdir, step, config), path / str(step)
     try:
         tf.io.gfile.makedirs(folder)

@@ -75,12 +75,11 @@ class Skips:
     """
 
     def __init__(self, workdir: str, first: int):
-        index = jax.process_index()
+        index, self.workdir = jax.process_index(), workdir
         self.path = f'{workdir}/skipped{f"-{index}" if index else ""}.jsonl'
         if index == 0:  # of all, for there may have been more processes
-            for name in tf.io.gfile.listdir(workdir):
-                if re.fullmatch(r'skipped(-\d+)?\.jsonl', name):
-                    _take_back(f'{workdir}/{name}', lambda values: values['position'] < first)
+            for path in _lists_of_skips(workdir):
+                _take_back(path, lambda values: values['position'] < first)
         multihost_utils.sync_global_devices('skipped examples')
         self.count = 0
         if tf.io.gfile.exists(self.path):
@@ -92,6 +91,21 @@ class Skips:
         with tf.io.gfile.GFile(self.path, 'a') as file:
             file.write(json.dumps({'position': position, 'error': text}) + '\n')
         print(f'skipped, the {self.count}. of this process: {text}', file=sys.stderr, flush=True)
+
+    def summary(self) -> str:
+        """A line about those of all processes so far, if there are any."""
+        if jax.process_index():
+            return ''
+        count = 0
+        for path in _lists_of_skips(self.workdir):
+            with tf.io.gfile.GFile(path) as file:
+                count += len(file.read().splitlines())
+        return f'skipped {count} training example(s): {self.workdir}/skipped*.jsonl' * bool(count)
+
+
+def _lists_of_skips(workdir: str) -> list[str]:
+    names = tf.io.gfile.listdir(workdir)
+    return [f'{workdir}/{name}' for name in names if re.fullmatch(r'skipped(-\d+)?\.jsonl', name)]
 
 
 def _take_back(path: str, stays: Callable[[dict[str, Any]], bool]) -> None:

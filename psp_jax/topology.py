@@ -4,10 +4,12 @@ The compilers come with optional packages: libtpu for TPUs, jax's CUDA plugin fo
 (requirements-topology.txt).
 """
 
+import contextlib
 import importlib.util
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -122,7 +124,9 @@ def _this_machine() -> Machine:
     if stats and 'bytes_limit' in stats:
         return Machine(devices, stats['bytes_limit'])
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    remark = f'memory: a {len(devices)}th of this machine has' if len(devices) > 1 else ''
+    with contextlib.suppress(OSError, ValueError):  # a container's, if it has one
+        memory = min(memory, int(Path('/sys/fs/cgroup/memory.max').read_text()))
+    remark = f"memory: this machine's, divided by {len(devices)} devices" if devices[1:] else ''
     return Machine(devices, memory / len(devices), remark=remark)
 
 

@@ -284,6 +284,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
         finally:
             manager.close()
             writer.close()
+    if skips.summary():
+        report.say(skips.summary())
     if stopped:
         processes.leave()
     return state

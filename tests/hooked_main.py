@@ -138,6 +138,7 @@ def install(hooks):
         'directory',
         lambda directory, _: lambda workdir: directory(workdir + '-2' * concerned(hooks)),
     )
+    hook(hooks, 'elsewhere', checkpoint, '_SHARED_DISKS_TAKE', lambda *_: 2)
     hook(hooks, 'patience', cluster, 'INITIALIZATION_TIMEOUT', lambda _, seconds: seconds)
     hook(hooks, 'joining', processes, '_JOINING', lambda _, seconds: seconds)
     hook(hooks, 'heartbeat', cluster, 'HEARTBEAT_TIMEOUT', lambda _, seconds: seconds)

@@ -435,6 +435,7 @@ def test_a_truncated_jpeg_in_mid_run_is_named_and_the_run_can_go_on(
     assert process.stderr.startswith(start) and process.stderr.count('\n') == 1
     (line,) = (workdir / 'skipped.jsonl').read_text().splitlines()
     assert json.loads(line)['position'] in (4, 5) and 'bad.jpg' in json.loads(line)['error']
+    assert f'skipped 1 training example(s): {workdir}/skipped*.jsonl' in process.stdout
 
 
 def values_of(checkpoint):
