@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import yaml
 
-from psp_jax.command_line import PREEMPTED
+from psp_jax.command_line import NOT_JOINED, PREEMPTED
 from psp_jax.config import load_config
 from psp_jax.main import parse_flags
 
@@ -524,10 +524,6 @@ def slurm(tmp_path: Path, code: int, **variables: object) -> tuple[int, bool]:
     return script.returncode, asked.exists()
 
 
-def test_slurm_requeues_what_was_preempted_and_late_crashes(tmp_path):
-    assert slurm(tmp_path, PREEMPTED) == (PREEMPTED, True)
-
-
 @pytest.mark.parametrize(
     'code, variables, requeued',
     [
@@ -535,10 +531,12 @@ def test_slurm_requeues_what_was_preempted_and_late_crashes(tmp_path):
         (2, {'RETRY_AFTER': 0}, False),
         (134, {}, False),
         (134, {'RETRY_AFTER': 0}, True),
+        (NOT_JOINED, {}, False),
+        (PREEMPTED, {}, True),
         (PREEMPTED, {'sent': 'TERM'}, False),  # to the batch shell itself: scancel
     ],
 )
-def test_slurm_requeues_nothing_else(tmp_path, code, variables, requeued):
+def test_slurm_requeues_what_was_preempted_and_late_crashes(tmp_path, code, variables, requeued):
     assert slurm(tmp_path, code, **variables) == (code, requeued)
 
 
@@ -623,7 +621,7 @@ def test_gke_exit_codes_decide_what_happens_next(name):
         else:
             assert rule['onPodConditions'] == [{'type': 'DisruptionTarget', 'status': 'True'}]
             assert rule['action'] == 'Ignore'
-    assert by_code == {2: 'FailJob', PREEMPTED: 'Ignore'}
+    assert by_code == {2: 'FailJob', NOT_JOINED: 'Ignore', PREEMPTED: 'Ignore'}
     (rule,) = jobset['spec']['failurePolicy']['rules']
     assert (rule['action'], rule['onJobFailureReasons']) == ('FailJobSet', ['PodFailurePolicy'])
     assert pod['terminationGracePeriodSeconds'] >= 60
