@@ -22,7 +22,6 @@ def join(address: str | None, count: int | None, index: int | None) -> Any:
     says so and ends with NOT_JOINED: a later start may find them.
     """
     import jax
-    from jax._src import distributed  # no public way to the key-value store, as orbax's own code
 
     address = address or os.environ.get('JAX_COORDINATOR_ADDRESS') or None
     count = _number(count, 'JAX_NUM_PROCESSES')
@@ -85,6 +84,13 @@ def join(address: str | None, count: int | None, index: int | None) -> Any:
     finally:
         for timer in timers:
             timer.cancel()
+    return client()
+
+
+def client() -> Any:
+    """Of JAX's coordination service, once this process has joined others; else None."""
+    from jax._src import distributed  # no public way to the key-value store, as orbax's own code
+
     return distributed.global_state.client
 
 

@@ -105,16 +105,19 @@ def exchange(text: str, seconds: float = 3600) -> list[str]:
 
     Unlike the collectives of devices it leaves a process that waits free to hear of errors.
     """
-    if _run.client is None:
+    import jax
+
+    client = cluster.client()  # also where somebody else had the processes join
+    if client is None:
         return [text]
     _run.exchanges += 1
     name = f'exchange/{_run.exchanges}'
-    _run.client.key_value_set(f'{_KEYS}/{name}/{_run.index}', text)
-    return [_read(name, i, seconds) for i in range(_run.count)]
+    client.key_value_set(f'{_KEYS}/{name}/{jax.process_index()}', text)
+    return [_read(client, name, i, seconds) for i in range(jax.process_count())]
 
 
-def _read(what: str, index: int, seconds: float) -> str:
-    return _run.client.blocking_key_value_get(f'{_KEYS}/{what}/{index}', int(1000 * seconds))
+def _read(client: Any, what: str, index: int, seconds: float) -> str:
+    return client.blocking_key_value_get(f'{_KEYS}/{what}/{index}', int(1000 * seconds))
 
 
 def still_alive(seconds: float) -> None:
@@ -261,7 +264,7 @@ def leave() -> None:
             run.client.key_value_set(f'{_KEYS}/left/{run.index}', '')
             if run.index == 0:
                 for i in range(run.count):
-                    _read('left', i, _PATIENCE)
+                    _read(run.client, 'left', i, _PATIENCE)
                 time.sleep(_SERVER_STAYS)
     sys.stdout.flush()
     os._exit(PREEMPTED)
@@ -383,7 +386,7 @@ def _heard(run: _Run) -> None:
         run.client.key_value_set(f'{_KEYS}/heard/{run.index}', '')
         until = time.monotonic() + 20 * _POLL
         for i in range(run.count):
-            _read('heard', i, max(until - time.monotonic(), 0.001))
+            _read(run.client, 'heard', i, max(until - time.monotonic(), 0.001))
         if run.index == 0:
             time.sleep(_SERVER_STAYS)
 
