@@ -155,11 +155,12 @@ def test_subfolders_train_and_val_make_lists_of_their_own(tmp_path):
     for stem in ('train/x', 'val/x', 'val/deep/y', 'train z'):
         save_labelme(stem, area('a', 0, 0, 1, 1))
     run('labelme . --output .')
-    assert {path.name: path.read_text() for path in Path().glob('*.txt')} == {
+    lists = {path.name: path.read_text() for path in Path().glob('*.txt')}
+    assert lists.pop('converted.txt').startswith(f'labelme {tmp_path}\n')
+    assert lists == {
         'train.txt': 'train/x.jpg\tlabels/train/x.png\n',
         'val.txt': 'val/deep/y.jpg\tlabels/val/deep/y.png\nval/x.jpg\tlabels/val/x.png\n',
         'all.txt': 'train z.jpg\tlabels/train z.png\n',
-        'converted.txt': f'labelme {tmp_path}',
     }
     assert 'there are lists already: all, train' in error_of('labelme . --output . --val 0.5')
 
@@ -189,7 +190,7 @@ def test_bad_files_are_all_named_and_the_others_are_done(tmp_path, capsys):
         "latin.json: 'utf-8' codec can't decode",
         'line.json: shape 1 (a) is a linestrip, which has no area: delete it, or redraw it',
         'short.json: shape 1 (a) has 2 of 3 points',
-        "slip.json: label 'truk' is none of the classes a,b: correct it",
+        "slip.json: label 'truk' is none of the classes a, b: correct it",
         "bare.json is not as its tool writes it (no 'points')",
     ):
         assert f'not made: in/{message}' in printed
@@ -198,16 +199,80 @@ def test_bad_files_are_all_named_and_the_others_are_done(tmp_path, capsys):
 
 
 def test_a_list_without_any_label_map_is_not_written(capsys):
-    save_labelme('in/train/bad', area('a, b', 0, 0, 3, 3))
+    save_labelme('in/train/bad', area('', 0, 0, 3, 3))
     save_labelme('in/val/good', area('a', 0, 0, 3, 3))
-    assert "label 'a, b' is none of the classes _background_,a: correct it" in error_of(
-        'labelme in --output out'
-    )
+    assert 'bad.json: shape 1 has no label: give it one' in error_of('labelme in --output out')
     assert not Path('out/train.txt').exists()
     assert Path('out/val.txt').read_text().endswith('good.png\n')
     printed = capsys.readouterr().out
     assert 'out/train.txt is not written' in printed
     assert 'To train' not in printed
+
+
+HUGE = 10**30
+
+
+@pytest.mark.parametrize(
+    ('item', 'size', 'said'),
+    [
+        (area('a', 0, 0, 5, 3), (10**6, 10**6), 'bad.jpg is 6x4, its annotation for 1000000x'),
+        (area('a', 0, 0, 5, 3), (HUGE, HUGE), f'bad.jpg is 6x4, its annotation for {HUGE}x'),
+        (area('a', 0, 0, 5, 3), (-4, 6), 'imageHeight and imageWidth must be 1 or more'),
+        (area('a', 0, 0, 5, 3), (float('inf'), 6), 'not as its tool writes it (cannot convert'),
+        (area('a', 0, float('nan'), 5, 3), SIZE, 'shape 1 (a) has a point at (0.0, nan)'),
+        (area('a', 0, 0, float('inf'), 3), SIZE, 'shape 1 (a) has a point at (inf, 0.0)'),
+        (area('a', 0, 0, 1e300, 3), SIZE, 'shape 1 (a) has a point at (1e+300, 0.0)'),
+        (area('a', 0, 0, 10**400, 3), SIZE, 'not as its tool writes it (int too large'),
+        (shape('a', [[9e4, 0], [-9e4, 0]], 'circle'), SIZE, 'a circle (a) has the radius 180000'),
+        (shape('a', [[0, 0], [1, 1]], 'mask', mask='AAAA'), SIZE, 'has a mask that cannot be read'),
+        (area('\ud800', 0, 0, 5, 3), SIZE, "has the label '\\ud800', which cannot be printed"),
+    ],
+)
+def test_absurd_numbers_in_a_file_make_it_a_bad_one_like_others(capsys, item, size, said):
+    save_labelme('in/good', area('a', 0, 0, 5, 3))
+    save_labelme('in/bad', item)
+    document = json.loads(Path('in/bad.json').read_text())
+    document |= {'imageHeight': size[0], 'imageWidth': size[1]}
+    Path('in/bad.json').write_text(json.dumps(document))
+    Path('in/deep.json').write_text('[' * 200_000)
+    error = error_of('labelme in --output out')
+    assert error.startswith('2 of 3 label maps were not made: ') and said in error
+    assert 'deep.json is not as its tool writes it (maximum recursion' in capsys.readouterr().out
+    assert labels_in('out') == {'good.png': [[1] * 6] * 4}
+
+
+def test_a_comma_in_a_label_becomes_a_slash(capsys):
+    save_labelme('in/x', area('tree, big', 0, 0, 2, 3), area('car', 3, 0, 5, 3))
+    run('labelme in --output out')
+    printed = capsys.readouterr().out
+    assert "so that 'tree, big' is 'tree/big'\n" in printed
+    assert printed_data(printed).classes == '_background_,car,tree/big'
+    assert labels_in('out') == {'x.png': [[2] * 3 + [1] * 3] * 4}
+    run('labelme in --output out --classes tree/big,car')
+    assert labels_in('out') == {'x.png': [[0] * 3 + [1] * 3] * 4}
+    run('labelme in --output out --classes a,car --ignore tree/big')
+    assert labels_in('out') == {'x.png': [[_] * 3 + [1] * 3] * 4}
+    save_voc(LABELMAP.replace('car:', 'car,van:'), x=Image.fromarray(COLORS[VALUES]))
+    run('voc . --output voc --classes car/van,road')
+    assert labels_in('voc') == {'x.png': [[1, _, 0, _, 1, 1]] * 4}
+
+
+def test_too_many_and_too_few_labels_are_told_in_a_short_line():
+    save_labelme('many/x', *(area(f'label {i}', 0, 0, 5, 3) for i in range(260)))
+    error = error_of('labelme many --output out')
+    assert error == 'many: 261 classes, 255 at most: --ignore takes some off'
+    many = ','.join(f'label {i}' for i in range(260))
+    assert error_of(f"labelme many --output out --classes '{many}'").startswith('--classes: 260 cl')
+    run('labelme many --output out --ignore ' + ','.join(f"'label {i}'" for i in range(6)))
+    error = error_of("labelme many --output out2 --classes 'label 1,a,b,c,d,e,f'")
+    assert 'none of the classes label 1, a, b, c, d (and 2 more): correct it' in error
+    save_labelme('one/x', area('car', 0, 0, 5, 3))
+    error = error_of('labelme one --output out --ignore _background_')
+    assert error == "one: one class, 'car', but two are needed; the background is one too"
+    save_voc('road:0,0,0::', x=Image.fromarray(VALUES))
+    assert "./labelmap.txt: one class, 'road', but two" in error_of('voc . --output voc')
+    Path('labelmap.txt').write_text(':0,0,0::')
+    assert './labelmap.txt: line 1 has no label' in error_of('voc . --output voc')
 
 
 # ---- voc
@@ -276,12 +341,22 @@ def test_an_unknown_colour_is_named_with_its_file(capsys):
     wrong, grey = Image.fromarray((COLORS - 9)[VALUES]), Image.fromarray(VALUES)  # grey: of ids
     save_voc(LABELMAP, good=Image.fromarray(COLORS[VALUES]), rgb=wrong, grey=grey)
     error = error_of('voc . --output .')
-    assert error.startswith('2 of 3') and 'is of no label: add it to labelmap.txt' in error
-    assert '/rgb.png: colour (119, 55, 119), ' in capsys.readouterr().out
-    assert '/grey.png: colour (1, 1, 1), ' in error
+    assert error.startswith('2 of 3') and '/grey.png: colour (1, 1, 1), ' in error
+    assert 'is of no label: grey masks of class ids need no conversion' in error
+    rgb = capsys.readouterr().out.partition('/rgb.png: ')[2].split('\n')[0]
+    assert rgb.startswith('colour (119, 55, 119), ') and ' no label: add it to labelmap.txt' in rgb
     assert list(labels_in('.')) == ['good.png']
     error = error_of('voc . --output . --classes car,tree')
     assert "labelmap.txt has no 'tree'; it has road, background, car" in error
+
+
+def test_names_whose_colours_are_not_distinct_are_refused():
+    colors = palette(label_space('camvid'))[:4]
+    save_voc(a=Image.fromarray(colors[VALUES]))
+    error = error_of('voc . --output . --classes ade20k')
+    assert 'skyscraper has the colour of road, so that masks cannot tell them apart' in error
+    run('voc . --output out --classes camvid')
+    assert labels_in('out') == {'a.png': VALUES.tolist()}
 
 
 # ---- cityscapes
@@ -390,6 +465,26 @@ def test_segments_become_their_categories_in_the_order_of_the_file(capsys):
     assert 'is not as its tool writes it (no 4)' in error_of(f'{words} car,grass')
 
 
+def test_categories_with_commas_and_without_names(capsys, monkeypatch):
+    monkeypatch.setitem(CATEGORIES, 1, 'door, double door')
+    save_panoptic('val2017', SEGMENTS)
+    run('coco_panoptic . --output out')
+    printed = capsys.readouterr().out
+    assert "'door, double door' is 'door/double door'" in printed
+    assert printed_data(printed).classes == 'grass,door/double door,car'
+    assert labels_in('out') == {'val2017/x.png': [[_, 1, 1, 0, 0, 2]] * 4}
+    run("coco_panoptic . --output out --ignore 'door/double door'")
+    assert labels_in('out') == {'val2017/x.png': [[_, _, _, 0, 0, 1]] * 4}
+    for name in ('92', '3'):
+        monkeypatch.delitem(CATEGORIES, int(name))
+    save_panoptic('val2017', {7: 1})
+    error = error_of('coco_panoptic . --output out')
+    assert error.startswith(".: one class, 'door/double door', but two are needed")
+    monkeypatch.setitem(CATEGORIES, 3, ' ')
+    save_panoptic('val2017', {7: 1})
+    assert 'val2017.json: category 3 has no label' in error_of('coco_panoptic . --output out')
+
+
 # ---- what is written
 
 
@@ -421,7 +516,7 @@ def test_the_same_command_again_replaces_its_own_files_and_nothing_else(tmp_path
     for path in ('one/all.txt', 'two/labels/x.png'):
         new(path).write_text('mine')
         error = error_of(f'labelme in --output {path[:3]}')
-        assert error == f'{path} is there, and not of labelme {tmp_path}/in: name another --output'
+        assert error.startswith(f'{path} is there, and not written by labelme {tmp_path}/in: move')
         assert Path(path).read_text() == 'mine'
     run('labelme in --output out --classes a,b')
     run('labelme in --output out --classes b,a')
@@ -432,8 +527,98 @@ def test_the_same_command_again_replaces_its_own_files_and_nothing_else(tmp_path
     save_labelme('in/y', area('a', 0, 0, 5, 3), image='../out/labels/y.png')
     before = Path('out/labels/y.png').read_bytes()
     error = error_of('labelme in --output out --classes b,a')
-    assert 'out/labels/y.png lies where label maps are written' in error
+    assert error.startswith('out/labels/y.png is there, and not written by labelme')
     assert Path('out/labels/y.png').read_bytes() == before
+    assert Path('out/all.txt').exists() and Path('out/labels/x.png').exists()
+
+
+def files_in(folder):
+    paths = (path for path in Path(folder).rglob('*') if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_what_an_earlier_conversion_wrote_and_this_one_does_not_is_gone():
+    for name in ('x', 'y', 'z'):
+        save_labelme(f'in/{name}', area('a', 0, 0, 5, 3))
+    run('labelme in --output out')
+    new('out/labels/mine.png').write_text('mine')
+    Path('in/y.json').write_text('{')
+    Path('in/z.json').unlink()
+    save_labelme('in/w', area('a', 0, 0, 5, 3))
+    assert 'y.json is not JSON' in error_of('labelme in --output out --val 0.5')
+    assert files_in('out').keys() == {
+        *('train.txt', 'val.txt', 'converted.txt'),
+        *('labels/x.png', 'labels/w.png', 'labels/mine.png'),
+    }
+
+
+@pytest.mark.parametrize('file', ['all.txt', 'labels/x.png', 'labels/gone.png'])
+def test_a_file_that_was_changed_since_it_was_written_is_neither_replaced_nor_removed(file):
+    for name in ('x', 'gone'):
+        save_labelme(f'in/{name}', area('a', 0, 0, 5, 3))
+    run('labelme in --output out')
+    Path('in/gone.json').unlink()
+    Path('out', file).write_text('by hand')
+    before = files_in('out')
+    assert error_of('labelme in --output out').startswith(f'out/{file} was changed since labelme ')
+    assert files_in('out') == before
+    Path('out', file).rename('elsewhere')
+    run('labelme in --output out//')
+    assert files_in('out').keys() == {'all.txt', 'converted.txt', 'labels/x.png'}
+
+
+def test_a_conversion_that_was_cut_off_knows_its_files(monkeypatch):
+    save_labelme('in/x', area('a', 0, 0, 5, 3))
+    save_labelme('in/y', area('a', 0, 0, 5, 3))
+
+    def interrupted(output, path, content):
+        if path.endswith('all.txt'):
+            raise KeyboardInterrupt
+        write(output, path, content)
+
+    write = convert.write
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(convert, 'write', interrupted)
+        run('labelme in --output out')
+    assert len(labels_in('out')) == 2 and not Path('out/all.txt').exists()
+    run('labelme in --output out')
+    assert len(labels_in('out')) == 2 and Path('out/all.txt').exists()
+
+
+def test_names_that_no_list_can_hold_are_bad_files_and_the_others_are_done(capsys):
+    for name in ('good', 'a\tb', '\udc80'):
+        save_labelme(f'in/{name}', area('a', 0, 0, 5, 3))
+    save_labelme('in/odd', area('a', 0, 0, 5, 3), image='\ud800.jpg')
+    assert error_of('labelme in --output out').startswith('3 of 4 label maps were not made')
+    printed = capsys.readouterr().out
+    assert "'labels/a\\tb.png': rename it, lists of files cannot hold such a name" in printed
+    assert list(labels_in('out')) == ['good.png']
+    new('vocs/ImageSets/Segmentation/converted.txt').write_text('a')
+    assert 'is the record of what is written: rename' in error_of('voc vocs --output out2')
+
+
+def test_validation_images_are_chosen_among_those_that_were_converted():
+    for i in range(6):
+        save_labelme(f'in/{i}', area('a', 0, 0, 5, 3))
+    run('labelme in --output out --val 0.01')
+    (chosen,) = Path('out/val.txt').read_text().splitlines()
+    Path('in', Path(chosen).stem + '.json').write_text('{')
+    assert error_of('labelme in --output out --val 0.01').startswith('1 of 6 label maps')
+    assert len(Path('out/val.txt').read_text().splitlines()) == 1
+    assert len(Path('out/train.txt').read_text().splitlines()) == 4
+    for path in sorted(Path('in').glob('*.json'))[1:]:
+        path.write_text('{')
+    error = error_of('labelme in --output out --val 0.5 --classes a,b')
+    assert error.startswith('--val=0.5: ') and 'of 6 label maps were made, and train and' in error
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    save_labelme('home/in/x', area('a', 0, 0, 5, 3), image='y.jpg')
+    save_image('home/photos/y.jpg')
+    convert.run(['labelme', '~/in', '--output=~/out', '--images=~/photos'])
+    assert list(labels_in('home/out')) == ['x.png']
+    assert os.listdir() == ['home']
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """What annotation tools write, as class ids: functions of parsed JSON and of decoded masks alone.
 
 They raise ValueError where something is wrong in a file, and what Python raises (KeyError,
-TypeError, AttributeError, OSError) where it has another form. The caller knows the file's name.
+TypeError, AttributeError, OverflowError, OSError) where it has another form. The caller knows the
+file's name.
 """
 
 import base64
 import io
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +22,10 @@ Points = list[tuple[float, float]]  # x, y
 
 IGNORED = '__ignore__'  # labelme's label of pixels that do not count, ours of those without one
 BACKGROUND = ('_background_', 'background', 'unlabeled')  # the labels of pixels without a shape
+
+
+# Of points, in pixels. Pillow draws larger circles for minutes, and the largest wrongly.
+FARTHEST = 100_000
 
 
 class Shape(NamedTuple):
@@ -41,6 +47,11 @@ FEWEST = {
 }
 
 
+def class_name(label: str) -> str:
+    """A label as data.classes can hold it, where commas divide: 'tree, big' -> 'tree/big'."""
+    return re.sub(r'\s*,\s*', '/', label)
+
+
 def draw(shapes: Iterable[Shape], ids: Mapping[str, int], size: Size) -> np.ndarray:
     """Class ids uint8 [H, W] of shapes, later over earlier, on the background's id.
 
@@ -60,6 +71,8 @@ def draw(shapes: Iterable[Shape], ids: Mapping[str, int], size: Size) -> np.ndar
         elif kind == 'circle':
             (x, y), rim = points[:2]
             radius = math.dist((x, y), rim)
+            if radius > FARTHEST:
+                raise ValueError(f'a circle ({label}) has the radius {radius:g}: redraw it')
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), value)
         elif mask:
             pen.bitmap((int(points[0][0]), int(points[0][1])), mask, value)
@@ -72,7 +85,8 @@ def labelme(document: Any) -> tuple[str, Size, list[Shape]]:
     """The image's path, relative to the JSON file, its size, and the shapes."""
     shapes = []
     for number, item in enumerate(document['shapes'], 1):
-        label, kind = item['label'].strip(), item.get('shape_type') or 'polygon'
+        label = _label(item['label'], f'shape {number}')
+        kind = item.get('shape_type') or 'polygon'
         what, mask = f'shape {number} ({label})', None
         if kind not in FEWEST:
             raise ValueError(
@@ -81,10 +95,9 @@ def labelme(document: Any) -> tuple[str, Size, list[Shape]]:
             )
         points = _points(item['points'], FEWEST[kind], what)
         if kind == 'mask':
-            with Image.open(io.BytesIO(base64.b64decode(item['mask']))) as stored:
-                mask = Image.fromarray(np.asarray(stored.convert('L')) > 0)
+            mask = _mask(item['mask'], what)
         shapes.append(Shape(label, kind, points, mask))
-    size = int(document['imageHeight']), int(document['imageWidth'])
+    size = _size(document, 'imageHeight', 'imageWidth')
     return document['imagePath'].replace('\\', '/'), size, shapes  # \: labelme on Windows
 
 
@@ -97,20 +110,47 @@ def cityscapes(document: Any, classes: Collection[str]) -> tuple[Size, list[Shap
     """
     shapes = []
     for number, item in enumerate(document['objects'], 1):
-        label = item['label'].strip()
+        label = class_name(_label(item['label'], f'object {number}'))
         if label not in {*classes, 'polegroup'}:
             label = label.removesuffix('group')
         if item.get('deleted') or (label == 'license plate' and label not in classes):
             continue
         points = _points(item['polygon'], 2, f'object {number} ({label})')  # 2: a line
         shapes.append(Shape(label, 'polygon', points))
-    return (int(document['imgHeight']), int(document['imgWidth'])), shapes
+    return _size(document, 'imgHeight', 'imgWidth'), shapes
+
+
+def _label(text: str, what: str) -> str:
+    label = text.strip()
+    if not label:
+        raise ValueError(f'{what} has no label: give it one, or delete it')
+    if re.search(r'[\x00-\x1f\ud800-\udfff]', label):
+        raise ValueError(f'{what} has the label {label!r}, which cannot be printed: rename it')
+    return label
+
+
+def _size(document: Any, *keys: str) -> Size:
+    height, width = (int(document[key]) for key in keys)
+    if min(height, width) < 1:
+        raise ValueError(f'{keys[0]} and {keys[1]} must be 1 or more: correct them')
+    return height, width
+
+
+def _mask(encoded: Any, what: str) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(encoded))) as stored:
+            return Image.fromarray(np.asarray(stored.convert('L')) > 0)
+    except Exception as error:  # Pillow raises nearly anything on broken files
+        raise ValueError(f'{what} has a mask that cannot be read: redraw or delete it') from error
 
 
 def _points(points: Any, fewest: int, what: str) -> Points:
     found = [(float(x), float(y)) for x, y in points]
     if len(found) < fewest:
         raise ValueError(f'{what} has {len(found)} of {fewest} points: redraw or delete it')
+    for point in found:
+        if not all(abs(number) <= FARTHEST for number in point):  # nor is nan
+            raise ValueError(f'{what} has a point at {point}: redraw or delete it')
     return found
 
 
@@ -133,10 +173,10 @@ def color_ids(
     unknown = np.array(keys)[places] != numbers
     if unknown.any():
         color = tuple(rgb[unknown][0].tolist())
-        raise ValueError(
-            f'colour {color}, as a number {packed(color)}, is of no label: add it to labelmap.txt '
-            'or to the JSON file'
-        )
+        remedy = 'add it to labelmap.txt or to the JSON file'
+        if (rgb == rgb[..., :1]).all():
+            remedy = f'grey masks of class ids need no conversion; if it is a colour, {remedy}'
+        raise ValueError(f'colour {color}, as a number {packed(color)}, is of no label: {remedy}')
     table = np.array([ids.get(labels[key], IGNORE) for key in keys], np.uint8)
     counts = np.bincount(places.ravel(), minlength=len(keys))
     found = {labels[key] for key, count in zip(keys, counts, strict=True) if count}
@@ -156,13 +196,14 @@ def labelmap(text: str) -> dict[int, str]:
         if not line.strip() or line.lstrip().startswith('#'):
             continue
         label, _, rest = line.partition(':')
+        label = _label(label, f'line {number}')
         values = [value.strip() for value in rest.split(':')[0].split(',')]
         if len(values) != 3 or not all(v.isdecimal() and int(v) < 256 for v in values):
             raise ValueError(f'line {number}: {line.strip()!r} is not label:red,green,blue::')
         color = int(packed([int(value) for value in values]))
         if color in labels:
-            raise ValueError(f'line {number}: {label.strip()} has the colour of {labels[color]}')
-        labels[color] = label.strip()
+            raise ValueError(f'line {number}: {label} has the colour of {labels[color]}')
+        labels[color] = label
     labels.pop(VOID, None)
     return labels
 
@@ -177,7 +218,10 @@ def panoptic(document: Any) -> tuple[list[str], dict[str, tuple[str, dict[int, s
 
     That is the image's name and packed colour -> category of its segments; black is IGNORED.
     """
-    names = {item['id']: item['name'].strip() for item in document['categories']}
+    names = {
+        item['id']: _label(item['name'], f'category {item["id"]}')
+        for item in document['categories']
+    }
     images = {item['id']: item['file_name'] for item in document['images']}
     files = {}
     for item in document['annotations']:
