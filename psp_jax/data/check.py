@@ -17,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from psp_jax.command_line import Parser, exit_code, quieten_libraries, split_overrides
+from psp_jax.data.converted import list_line
 from psp_jax.data.faults import (
     NONE,
     NOTES,
@@ -135,14 +136,14 @@ def show(source: Source, bad: set[int], config: ConfigDict, folder: str) -> int:
     return count
 
 
-def fix_list(split: Split, bad: set[int], path: str) -> bool:
-    """Writes a list of the examples that are not bad, if any, with absolute paths."""
+def fixed_list(split: Split, bad: set[int]) -> str:
+    """The text of a list of the examples that are not bad, with absolute paths; '' without any.
+
+    Raises UserError for a path that no list can hold.
+    """
     good = [pair for index, pair in enumerate(split.source.files) if index not in bad]
     pairs = [[p if '://' in p else os.path.abspath(p) for p in pair if p] for pair in good]
-    if pairs:
-        with open(path, 'w', encoding='utf-8') as file:
-            file.writelines('\t'.join(pair) + '\n' for pair in pairs)
-    return bool(pairs)
+    return ''.join(list_line(*pair) for pair in pairs)
 
 
 def _is_within(path: str, folders: Sequence[str]) -> bool:
@@ -161,13 +162,15 @@ def check(config: ConfigDict, show_to: str = '', fix_to: str = '') -> None:
     """Prints what is in the data set and what is wrong; writes pictures and lists to folders.
 
     Raises UserError where there are faults, once all is done; at once where a folder cannot be
-    written, or a list that is read would be written over.
+    written, a list that is read would be written over, or there are no files to list.
     """
     data, start = config.data, time.monotonic()
     names = [name for name in ('train', 'val', 'test') if data[name]]
     if not names:
         raise UserError('data.train, data.val and data.test are empty: there is nothing to check')
-    root = root_of(data)
+    root, has_files = root_of(data), data.source.partition(':')[0] in ('list', 'dirs')
+    if fix_to and not has_files:
+        raise UserError(f'--fix-list={fix_to}: {data.source} has no files for a list: leave it out')
     lists = {name: os.path.join(fix_to, f'{name}.txt') for name in names}
     read = {os.path.realpath(os.path.join(root, data[name])) for name in names}
     for path in lists.values() if fix_to else ():
@@ -179,13 +182,15 @@ def check(config: ConfigDict, show_to: str = '', fix_to: str = '') -> None:
             raise UserError(
                 f'--fix-list={fix_to}: {path} is there already; remove it, or name another folder'
             )
+    made = []
     for flag, folder in (('--show', show_to), ('--fix-list', fix_to)):
         if '://' in folder:
             raise UserError(f'{flag}={folder}: must be a local folder')
         if not folder:
             continue
         with contextlib.suppress(OSError):
-            os.makedirs(folder, exist_ok=True)
+            os.makedirs(folder)
+            made.append(folder)
         if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
             raise UserError(f'{flag}={folder}: is no folder that can be written to')
         if data.source.startswith('dirs') and _is_within(folder, read_folders(data, root)):
@@ -200,6 +205,7 @@ def check(config: ConfigDict, show_to: str = '', fix_to: str = '') -> None:
         if source:
             splits.append(read_split(source, name, data.threads))
             findings += [fault for facts in splits[-1].facts for fault in facts.faults]
+    seconds = time.monotonic() - start
     for split in splits:
         findings += judge_labels(split, data)
     findings += [*judge_copies(splits), *judge_classes(splits, data)]
@@ -223,23 +229,27 @@ def check(config: ConfigDict, show_to: str = '', fix_to: str = '') -> None:
         assert source
         count = show(source, bad['train'], config, show_to)
         print(f'\n{show_to}: {count} training examples as the network sees them')
-    remedy = 'see --fix-list in --help'
+    remedy = ', or see --fix-list in --help' if has_files else ''
     if fix_to:
         flags = ['--config.data.source=list', '--config.data.root=']
-        written = [s.name for s in splits if fix_list(s, bad[s.name], lists[s.name])]
-        flags += [f'--config.data.{n}={lists[n] if n in written else ""}' for n in names]
-        if written:
-            remedy = 'train on the lists without them'
+        texts = {s.name: text for s in splits if (text := fixed_list(s, bad[s.name]))}
+        for name, text in texts.items():
+            with open(lists[name], 'w', encoding='utf-8') as file:
+                file.write(text)
+        flags += [f'--config.data.{n}={lists[n] if n in texts else ""}' for n in names]
+        if texts:
+            remedy = ', or train on the lists without them'
             print(f'\nLists without the faults, to be used with\n  {shlex.join(flags)}')
         else:
-            has_files = any(split.source.files for split in splits)
-            why = 'no example is without faults' if has_files else f'{data.source} has no files'
-            print(f'\n--fix-list: no list is written, as {why}')
+            print('\n--fix-list: no list is written, as no example is without faults')
+    for folder in made:
+        with contextlib.suppress(OSError):  # it holds something
+            os.rmdir(folder)
     total = sum(split.source.length for split in splits)
-    print(f'\n{total} examples read in {time.monotonic() - start:.0f} s', flush=True)
+    print(f'\n{total} examples read in {seconds:.0f} s', flush=True)
     if faults:
         files = len({fault.file for fault in faults})
-        raise UserError(f'{len(faults)} faults in {files} files: mend them, or {remedy}')
+        raise UserError(f'{len(faults)} faults in {files} files: mend them{remedy}')
     print('no faults')
 
 
@@ -256,14 +266,17 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         description='Reads the whole data set and says what is in it and what is wrong.',
         epilog='exit codes: 0 no faults, 2 faults or an error of yours, 130 interrupted',
     )
+    path = os.path.expanduser
     config_help = 'a config file and its arguments: configs/custom.py:root=data/mine'
     show_help = (
         f'write {SHOWN} training examples to DIR as the network sees them, with their labels'
     )
     fix_help = 'write lists of the examples without faults to DIR, and print how to use them'
-    parser.add_argument('--config', metavar='FILE[:ARGS]', required=True, help=config_help)
-    parser.add_argument('--show', metavar='DIR', default='', help=show_help)
-    parser.add_argument('--fix-list', metavar='DIR', default='', help=fix_help)
+    parser.add_argument(
+        '--config', type=path, metavar='FILE[:ARGS]', required=True, help=config_help
+    )
+    parser.add_argument('--show', type=path, metavar='DIR', default='', help=show_help)
+    parser.add_argument('--fix-list', type=path, metavar='DIR', default='', help=fix_help)
     return parser.parse_args(words), overrides
 
 
