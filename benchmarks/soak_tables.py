@@ -121,6 +121,7 @@ ROWS: dict[str, Callable[[Found], str]] = {
     f'final loss, mean of {LAST} steps: interrupted, not': partial(_both_runs, 'final_loss'),
     'final mIoU: interrupted, not': partial(_both_runs, 'final_mIoU'),
     'hours, with interruptions': lambda found: f'{found["summary"]["hours"]:.1f}',
+    'digest of the sources': lambda found: f'`{found["sources"]}`',
     'machine': lambda found: found['machine'],
     'versions': lambda found: ', '.join(f'{n} {v}' for n, v in found['versions'].items()),
 }
