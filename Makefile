@@ -25,7 +25,7 @@ test-slow: .venv/requirements-test.txt
 
 # Beside PyTorch, torchvision, timm and mmsegmentation.
 test-torch: .venv/requirements-torch.txt
-	$(RUN) -m pytest -m torch
+	$(RUN) -m pytest -m torch -n 2 --dist load
 
 # In an environment of its own: JAX complains of missing devices wherever their compilers are.
 test-topology: .venv-topology/requirements-topology.txt

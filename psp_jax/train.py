@@ -132,6 +132,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     source, eval_source = (make_source(config.data, s) for s in ('train', config.eval.split))
     note = check_source(source, skip=config.data.on_error == 'skip')
     check_source(eval_source)
+    if not evaluate.holds_classes(eval_source, config.data.threads):
+        raise UserError(f'data.{config.eval.split}: no label holds a class; set another eval.split')
     report.say(
         f'data: {source.length} training images, {eval_source.length} of '
         f'{config.eval.split!r}; {config.total_steps} steps of {config.batch_size} are '

@@ -452,6 +452,17 @@ def values_of(checkpoint):
     return leaves(tree)
 
 
+def test_a_run_that_could_not_be_evaluated_does_not_begin(
+    small_config, photographs, tmp_path, capsys
+):
+    Image.new('L', (50, 37), 255).save(tmp_path / 'void.png')
+    (tmp_path / 'val.txt').write_text(f'{photographs}/train 0.jpg\t{tmp_path}/void.png\n')
+    words = ['--config', str(small_config), '--workdir', str(tmp_path / 'run')]
+    assert main([*words, f'--config.data.val={tmp_path}/val.txt']) == 2
+    assert 'data.val: no label holds a class; set another eval.split' in capsys.readouterr().err
+    assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:Sharding info not provided')  # arrays go to this device
 def test_a_loss_that_is_not_finite_names_step_and_examples_and_is_not_saved(

@@ -32,7 +32,7 @@ from psp_jax.data.faults import (
     totals,
 )
 from psp_jax.data.labels import IGNORE, label_space, palette
-from psp_jax.data.sources import Source, root_of
+from psp_jax.data.sources import Source, joined, root_of
 from psp_jax.errors import UserError
 
 SHOWN = 16  # pictures of --show
@@ -154,7 +154,7 @@ def _is_within(path: str, folders: Sequence[str]) -> bool:
 def read_folders(data: ConfigDict, root: str) -> list[str]:
     """The local folders that data.source=dirs reads, as absolute paths."""
     specs = [part.strip() for name in ('train', 'val', 'test') for part in data[name].split(',')]
-    paths = [os.path.join(root, spec) for spec in specs if spec]
+    paths = [joined(root, spec) for spec in specs if spec]
     return [os.path.realpath(path) for path in paths if '://' not in path]
 
 
@@ -172,7 +172,7 @@ def check(config: ConfigDict, show_to: str = '', fix_to: str = '') -> None:
     if fix_to and not has_files:
         raise UserError(f'--fix-list={fix_to}: {data.source} has no files for a list: leave it out')
     lists = {name: os.path.join(fix_to, f'{name}.txt') for name in names}
-    read = {os.path.realpath(os.path.join(root, data[name])) for name in names}
+    read = {os.path.realpath(joined(root, data[name])) for name in names}
     for path in lists.values() if fix_to else ():
         if os.path.realpath(path) in read:
             raise UserError(

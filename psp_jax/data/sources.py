@@ -214,7 +214,7 @@ def list_pairs(
 
     Raises UserError where no line gives any.
     """
-    path = _join(root, list_file)
+    path = joined(root, list_file)
     try:
         text = read_bytes(path).decode('utf-8-sig')
     except UnicodeDecodeError:
@@ -247,7 +247,9 @@ def list_pairs(
         below_root = exists(root.rstrip('/') + slashed)
         if below_root or not exists(os.path.dirname(slashed)):
             pairs = [[field.lstrip('/') for field in pair] for pair in pairs]
-    return [(_join(root, image), label and _join(root, label)) for image, label in pairs], problems
+    return [
+        (joined(root, image), label and joined(root, label)) for image, label in pairs
+    ], problems
 
 
 def dir_pairs(root: str, spec: str, where: str) -> tuple[list[tuple[str, str]], list[str]]:
@@ -256,7 +258,7 @@ def dir_pairs(root: str, spec: str, where: str) -> tuple[list[tuple[str, str]], 
     `where`: the key that says so; data.test may be 'IMAGES_DIR'. Raises UserError where a folder
     is missing, or there is no pair.
     """
-    folders = [_join(root, part.strip()) for part in spec.split(',')]
+    folders = [joined(root, part.strip()) for part in spec.split(',')]
     if len(folders) == 1 and where == 'data.test':
         found, problems = _list_dir(folders[0])
         if not found:
@@ -316,5 +318,6 @@ def _stop(error: OSError) -> None:
         raise error
 
 
-def _join(root: str, path: str) -> str:
+def joined(root: str, path: str) -> str:
+    """A path of the configuration or of a list: relative ones lie in `root`, `~` is the user's."""
     return path if '://' in path else os.path.join(root, os.path.expanduser(path))
