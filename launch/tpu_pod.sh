@@ -325,6 +325,7 @@ $ON_HOST_RUN"
         255) say 'the connection was lost (255)' ;;
         *)
             lasted=$((SECONDS - started))
+            [ "$code" != 69 ] || lasted=$retry_after # a host that did not come may be slow to start
             find_state
             if [ "$state" = READY ] && [ "$lasted" -lt "$retry_after" ]; then
                 sleep "$poll" # or is it that a preemption does not show yet?

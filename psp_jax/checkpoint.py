@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from psp_jax import processes
+from psp_jax import cluster
 from psp_jax.config import from_json
 from psp_jax.errors import PASSING_TEXTS, PassingError, UserError
 
@@ -84,14 +84,16 @@ def check_shared(manager: Manager) -> None:
     if jax.process_count() == 1:
         return
     name = f'.seen-by-all-{uuid.uuid4().hex}'
-    mark = manager.directory.parent / processes.exchange(name)[0]
+    mark = manager.directory / cluster.exchange(name)[0]
     if jax.process_index() == 0:
+        for left in manager.directory.glob('.seen-by-all-*'):  # by processes that were killed
+            left.unlink(missing_ok=True)
         mark.touch()
-    processes.exchange('written')
+    cluster.exchange('written')
     until = time.monotonic() + _SHARED_DISKS_TAKE
     while not mark.exists() and time.monotonic() < until:
         time.sleep(0.5)
-    seen = processes.exchange('seen' if mark.exists() else '')
+    seen = cluster.exchange('seen' if mark.exists() else '')
     if jax.process_index() == 0:
         mark.unlink(missing_ok=True)
     if not all(seen):

@@ -1,15 +1,20 @@
-"""How the processes of a run find each other."""
+"""How the processes of a run find each other, and how they talk."""
 
+import itertools
 import os
 import sys
 import threading
 from typing import Any
 
 from psp_jax.command_line import NOT_JOINED
-from psp_jax.errors import UserError
+from psp_jax.errors import PassingError, UserError
 
 INITIALIZATION_TIMEOUT = 300  # seconds that processes wait for the last one to start
 HEARTBEAT_TIMEOUT = 100  # seconds after which a process that went silent counts as dead
+KEYS = 'psp_jax'  # of the coordination service
+_EXCHANGE_TAKES = 3600  # seconds at most: one process may read what others have read
+
+_exchanges = itertools.count()  # the service outlives a run
 
 
 def join(address: str | None, count: int | None, index: int | None) -> Any:
@@ -92,6 +97,33 @@ def client() -> Any:
     from jax._src import distributed  # no public way to the key-value store, as orbax's own code
 
     return distributed.global_state.client
+
+
+def exchange(text: str) -> list[str]:
+    """What all processes say here, in their order; each calls it, as often as the others.
+
+    Unlike the collectives of devices it leaves a process that waits free to hear of errors. Raises
+    PassingError where one says nothing for long.
+    """
+    import jax
+
+    service = client()  # also where somebody else had the processes join
+    if service is None:
+        return [text]
+    name = f'exchange/{next(_exchanges)}'
+    service.key_value_set(f'{KEYS}/{name}/{jax.process_index()}', text)
+    said = []
+    for i in range(jax.process_count()):
+        try:
+            said.append(read(service, name, i, _EXCHANGE_TAKES))
+        except jax.errors.JaxRuntimeError as error:
+            raise PassingError(f'process {i} says nothing ({error})') from error
+    return said
+
+
+def read(service: Any, what: str, index: int, seconds: float) -> str:
+    """What a process has said of something, once it has; raises JaxRuntimeError if it does not."""
+    return service.blocking_key_value_get(f'{KEYS}/{what}/{index}', int(1000 * seconds))
 
 
 def _number(value: int | None, variable: str) -> int | None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from psp_jax import (
     checkpoint,
+    cluster,
     html_report,
     inference,
     losses,
@@ -26,7 +27,7 @@ from psp_jax import (
     report,
 )
 from psp_jax.data.labels import IGNORE, label_space, stored_ids
-from psp_jax.data.pipeline import read_ahead
+from psp_jax.data.pipeline import holds_classes, read_ahead
 from psp_jax.data.sources import Source, check_source, make_source
 from psp_jax.errors import UserError
 from psp_jax.inference import Example
@@ -322,15 +323,10 @@ def prediction_writer(
     return write
 
 
-def holds_classes(source: Source, threads: int) -> bool:
-    """Whether any label of `source` has a pixel that counts; test sets may be all ignored.
-
-    Reads until there is one, `threads` examples at a time (0 = all cores).
-    """
-    if not source.labelled:
-        return False
-    examples = read_ahead(source.read, range(source.length), threads)
-    return any((label != IGNORE).any() for _, label in examples)
+def can_be_scored(source: Source, threads: int) -> bool:
+    """Whether `source` holds classes, which the first process finds out for all."""
+    found = jax.process_index() == 0 and holds_classes(source, threads)
+    return bool(cluster.exchange('classes' if found else '')[0])
 
 
 def evaluate_checkpoint(
@@ -358,7 +354,7 @@ def evaluate_checkpoint(
     source = make_source(config.data, config.eval.split)
     check_source(source)
     variables = restore_variables(config, path, step)
-    labelled = holds_classes(source, config.data.threads)
+    labelled = can_be_scored(source, config.data.threads)
     saves = config.eval.save_predictions or not labelled
     write = prediction_writer(source, folder, config) if saves else None
     if write and not labelled:
@@ -396,4 +392,5 @@ def predict_split(
     for number, _, prediction in tqdm(
         found, total=len(share), desc='predicting', unit='image', disable=not report.on_terminal()
     ):
+        processes.still_alive(config.hang_seconds)
         write(number, prediction)

@@ -184,8 +184,8 @@ def run(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code."""
-    with processes.listening():
+    """Runs the command line, or in a Python session `argv`, and returns the exit code."""
+    with processes.listening(for_good=argv is None):
         return processes.ended(lambda: exit_code(run, argv))
 
 

@@ -12,6 +12,7 @@ The process that hears it tells the others by JAX's coordination service, of whi
 is the server and therefore the last to leave. All exit with PREEMPTED. A second SIGTERM ends a
 process at once. Errors travel the same way: if one process fails, the others do not wait for it.
 When all have done their work the first process says so, and from then on SIGTERM changes nothing.
+Two that come within a second are one.
 
 JAX has a notifier of its own. It needs to be polled with steps that rise by one, hears nothing
 while the main thread is busy, and takes every further SIGTERM; so it is switched off.
@@ -40,7 +41,7 @@ _ECHO = 1  # second within which another SIGTERM is the same one: a shell and a 
 _JOINING = 10  # seconds that SIGTERM waits for the other processes to be there to be told
 _PATIENCE = 60  # seconds that processes wait for what others have to say at the end
 _SERVER_STAYS = 0.5  # seconds, for the answers that are under way
-_KEYS = 'psp_jax'  # of the coordination service
+_KEYS = cluster.KEYS
 _NEWS = f'{_KEYS}/news'  # those that every process looks for all the time: few
 
 
@@ -51,7 +52,6 @@ class _Run:
     client: Any = None  # of JAX's coordination service; None in a run of one process
     index: int = 0
     count: int = 1
-    exchanges: int = 0
     # Set once the processes have come together, or will not.
     joined: threading.Event = field(default_factory=threading.Event)
     lock: Any = field(default_factory=threading.Lock)
@@ -97,27 +97,7 @@ def table() -> list[str]:
 
     local = jax.local_devices()
     own = f'{socket.gethostname()}, pid {os.getpid()}: {len(local)} x {local[0].device_kind}'
-    return [f'process {i} on {host}' for i, host in enumerate(exchange(own))]
-
-
-def exchange(text: str, seconds: float = 3600) -> list[str]:
-    """What all processes say here, in their order; each calls it, as often as the others.
-
-    Unlike the collectives of devices it leaves a process that waits free to hear of errors.
-    """
-    import jax
-
-    client = cluster.client()  # also where somebody else had the processes join
-    if client is None:
-        return [text]
-    _run.exchanges += 1
-    name = f'exchange/{_run.exchanges}'
-    client.key_value_set(f'{_KEYS}/{name}/{jax.process_index()}', text)
-    return [_read(client, name, i, seconds) for i in range(jax.process_count())]
-
-
-def _read(client: Any, what: str, index: int, seconds: float) -> str:
-    return client.blocking_key_value_get(f'{_KEYS}/{what}/{index}', int(1000 * seconds))
+    return [f'process {i} on {host}' for i, host in enumerate(cluster.exchange(own))]
 
 
 def still_alive(seconds: float) -> None:
@@ -132,8 +112,11 @@ def still_alive(seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[None]:
-    """Hears SIGTERM within the block, and what other processes say of it and of errors."""
+def listening(for_good: bool = False) -> Iterator[None]:
+    """Hears SIGTERM within the block, and what other processes say of it and of errors.
+
+    for_good: the process ends after it, and SIGTERM no longer spoils the exit code.
+    """
     global _run
     if threading.current_thread() is not threading.main_thread():
         yield  # Python handles signals in the main thread alone
@@ -157,7 +140,7 @@ def listening() -> Iterator[None]:
             _sleep_until_the_end()
         still_alive(0)
         signal.set_wakeup_fd(old_wakeup)
-        signal.signal(signal.SIGTERM, old_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if for_good else old_handler)
         os.write(writing, b'\0')
         thread.join()
         os.close(reading)
@@ -264,7 +247,7 @@ def leave() -> None:
             run.client.key_value_set(f'{_KEYS}/left/{run.index}', '')
             if run.index == 0:
                 for i in range(run.count):
-                    _read(run.client, 'left', i, _PATIENCE)
+                    cluster.read(run.client, 'left', i, _PATIENCE)
                 time.sleep(_SERVER_STAYS)
     sys.stdout.flush()
     os._exit(PREEMPTED)
@@ -384,9 +367,9 @@ def _heard(run: _Run) -> None:
     """Says that this process knows of an error, and stays until all do, the first one longest."""
     with contextlib.suppress(Exception):
         run.client.key_value_set(f'{_KEYS}/heard/{run.index}', '')
-        until = time.monotonic() + 20 * _POLL
+        until = time.monotonic() + max(20 * _POLL, 4 * _pause(run))
         for i in range(run.count):
-            _read(run.client, 'heard', i, max(until - time.monotonic(), 0.001))
+            cluster.read(run.client, 'heard', i, max(until - time.monotonic(), 0.001))
         if run.index == 0:
             time.sleep(_SERVER_STAYS)
 

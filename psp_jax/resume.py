@@ -1,15 +1,18 @@
 """How a run that was interrupted goes on: from which checkpoint, and whether it is the same run."""
 
 import json
+import time
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from psp_jax import checkpoint, processes, report
+from psp_jax import checkpoint, cluster, report
 from psp_jax.config import from_json, resume_differences
 from psp_jax.data.sources import Source
 from psp_jax.errors import PassingError, UserError
 from psp_jax.state import TrainState
+
+_PAUSES = (5, 25)  # seconds
 
 
 def saved_steps(manager: checkpoint.Manager) -> list[int]:
@@ -17,7 +20,7 @@ def saved_steps(manager: checkpoint.Manager) -> list[int]:
 
     Shared disks may show them to others a little later.
     """
-    return json.loads(processes.exchange(json.dumps(sorted(manager.all_steps())))[0])
+    return json.loads(cluster.exchange(json.dumps(sorted(manager.all_steps())))[0])
 
 
 def newest_state(
@@ -34,17 +37,25 @@ def newest_state(
     """
     damaged: dict[int, checkpoint.Unreadable] = {}
     for step in reversed(steps):
-        path, failure = manager.directory / str(step), None
-        try:
-            check_resume(checkpoint.read_meta(manager.directory, step), config, source, path)
-            state = checkpoint.restore(manager.directory, step, target)
-        except checkpoint.Unreadable as error:
-            failure = error
-        failures = processes.exchange(str(failure or ''))
-        if any(failures) and not all(failures):
+        state: TrainState | None = None
+        failure: checkpoint.Unreadable | None = None
+        for pause in (*_PAUSES, None):
+            if state is None:
+                try:
+                    state = _state(manager.directory, step, config, source, target)
+                except checkpoint.Unreadable as error:
+                    failure = error
+            failures = cluster.exchange('' if state is not None else str(failure))
+            if all(failures) or not any(failures):
+                break
             which = next(i for i, text in enumerate(failures) if text)
-            raise PassingError(f'process {which} cannot read what others can: {failures[which]}')
-        if failure:
+            if pause is None:
+                raise PassingError(
+                    f'process {which} cannot read what others can: {failures[which]}'
+                )
+            time.sleep(pause)  # a shared disk may show it to some processes later
+        if state is None:
+            assert failure is not None
             damaged[step] = failure
             continue
         for other, why in damaged.items():
@@ -52,6 +63,11 @@ def newest_state(
             report.say(f'skipped, and renamed to {name}: {why}')
         return step, state
     raise next(iter(damaged.values()))
+
+
+def _state(path: Any, step: int, config: ConfigDict, source: Source, target: Any) -> TrainState:
+    check_resume(checkpoint.read_meta(path, step), config, source, path / str(step))
+    return checkpoint.restore(path, step, target)
 
 
 def check_resume(meta: dict[str, Any], config: ConfigDict, source: Source, where: Any) -> None:

@@ -11,7 +11,16 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from psp_jax import checkpoint, evaluate, import_weights, optimizer, processes, report, resume
+from psp_jax import (
+    checkpoint,
+    cluster,
+    evaluate,
+    import_weights,
+    optimizer,
+    processes,
+    report,
+    resume,
+)
 from psp_jax.config import to_json
 from psp_jax.data.pipeline import example_index, train_batches
 from psp_jax.data.sources import Source, check_source, make_source
@@ -132,7 +141,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     source, eval_source = (make_source(config.data, s) for s in ('train', config.eval.split))
     note = check_source(source, skip=config.data.on_error == 'skip')
     check_source(eval_source)
-    if not evaluate.holds_classes(eval_source, config.data.threads):
+    if not evaluate.can_be_scored(eval_source, config.data.threads):
         raise UserError(f'data.{config.eval.split}: no label holds a class; set another eval.split')
     report.say(
         f'data: {source.length} training images, {eval_source.length} of '
@@ -181,7 +190,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
         state = make_state()
     scored = due(first, config) and manager.metrics(first) is not None
     # As the first process sees it: others would wait for scores that nobody makes.
-    evaluated = not due(first, config) or bool(processes.exchange('scored' if scored else '')[0])
+    evaluated = not due(first, config) or bool(cluster.exchange('scored' if scored else '')[0])
     if first == config.total_steps and evaluated:
         report.say(f'step {first} is the last: the run is finished')
         manager.close()
@@ -286,10 +295,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
         finally:
             manager.close()
             writer.close()
-    if skips.summary():
-        report.say(skips.summary())
     if stopped:
         processes.leave()
+    if skipped := skips.summary():
+        report.say(skipped)
     return state
 
 

@@ -13,7 +13,7 @@ HOOKS is a JSON object:
     slow_join: S       all say 'joining' before they do, which process `only` does S seconds later
     patience: S        processes wait so long for the others to join
     joining: S         and so long after SIGTERM
-    unreadable: true   restoring a checkpoint fails as of a disk that lost it
+    unreadable: N      restoring fails N times, as of a disk that does not have the checkpoint
     hidden: true       checkpoints and their scores are not seen
     elsewhere: true    --workdir is another folder
     heartbeat: S       and take one that is silent so long for dead
@@ -28,7 +28,7 @@ from hashlib import sha256
 
 import jax
 
-from psp_jax import checkpoint, cluster, evaluate, metrics, processes, train
+from psp_jax import checkpoint, cluster, evaluate, metrics, processes, resume, train
 from psp_jax.main import main
 
 
@@ -113,10 +113,12 @@ def install(hooks):
     hook(hooks, 'slow_reload', checkpoint.ocp.CheckpointManager, 'reload', slow('looking'))
     hook(hooks, 'slow_join', processes, 'start', late)
 
-    def unreadable(restore, _):
+    def unreadable(restore, times):
+        left = [FileNotFoundError('lost')] * times
+
         def restoring(*args, **kwargs):
-            if concerned(hooks):
-                raise FileNotFoundError('lost')
+            if concerned(hooks) and left:
+                raise left.pop()
             return restore(*args, **kwargs)
 
         return restoring
@@ -129,6 +131,7 @@ def install(hooks):
 
     handler, manager = checkpoint.ocp.PyTreeCheckpointHandler, checkpoint.Manager
     hook(hooks, 'unreadable', handler, 'restore', unreadable)
+    hook(hooks, 'unreadable', resume, '_PAUSES', lambda *_: (0.5, 1))
     hook(hooks, 'hidden', manager, 'all_steps', unseen([]))
     hook(hooks, 'hidden', manager, 'metrics', unseen(None))
     hook(

@@ -9,12 +9,13 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from conftest import LITTLE_OPTIMISATION
 from several import free_port
 
 from psp_jax import protocols
 from psp_jax.config import default_config
+from psp_jax.data.pipeline import holds_classes
 from psp_jax.data.sources import Source
-from psp_jax.evaluate import holds_classes
 from psp_jax.inference import Example, make_batches
 from psp_jax.model import pspnet
 from psp_jax.state import enable_float64, init_variables, jit_for_one_call
@@ -133,7 +134,10 @@ def confusions(folder, environment, devices, runs, processes=1):
     workers = [
         subprocess.Popen(
             [sys.executable, '-c', SCRIPT, *map(str, (devices, processes, i, port, path)), *runs],
-            env=os.environ | environment | {'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'},
+            env=os.environ
+            | environment
+            | LITTLE_OPTIMISATION
+            | {'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'},
         )
         for i in range(processes)
     ]

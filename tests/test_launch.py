@@ -394,10 +394,11 @@ def test_tpu_pod_tries_again_where_google_cloud_refuses_in_passing(tmp_path):
 
 
 def test_tpu_pod_gives_up_in_the_end(tmp_path):
-    late = {'RETRY_AFTER': 0, 'MAX_CRASHES': 2}
-    result, calls = tpu_run(tmp_path, now=THERE, trainings=[(134, *THERE)] * 3, **late)
-    assert result.returncode == 134 and calls == [*START, *TRAIN, *TRAIN]
-    assert 'ended with 134, its 3. crash' in result.stderr
+    for code, late in ((134, {'RETRY_AFTER': 0}), (NOT_JOINED, {})):
+        ends = [(code, *THERE)] * 3
+        result, calls = tpu_run(tmp_path, now=THERE, trainings=ends, MAX_CRASHES=2, **late)
+        assert result.returncode == code and calls == [*START, *TRAIN, *TRAIN]
+        assert f'ended with {code}, its 3. crash' in result.stderr
     result, calls = tpu_run(
         tmp_path, now=THERE, trainings=[(75, *GONE)], becomes=('FAILED', ''), MAX_CRASHES=2
     )
@@ -531,7 +532,8 @@ def slurm(tmp_path: Path, code: int, **variables: object) -> tuple[int, bool]:
         (2, {'RETRY_AFTER': 0}, False),
         (134, {}, False),
         (134, {'RETRY_AFTER': 0}, True),
-        (NOT_JOINED, {}, False),
+        (NOT_JOINED, {}, True),
+        (NOT_JOINED, {'SLURM_RESTART_COUNT': 50}, False),
         (PREEMPTED, {}, True),
         (PREEMPTED, {'sent': 'TERM'}, False),  # to the batch shell itself: scancel
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import made_once
+from conftest import LITTLE_OPTIMISATION, made_once
 from several import flags_of_processes, free_port
 
 from psp_jax import processes
@@ -41,6 +41,7 @@ def train_in_processes(folder, programs):
                     cwd=ROOT,
                     env=os.environ
                     | programs
+                    | LITTLE_OPTIMISATION
                     | {'JAX_NUM_CPU_DEVICES': str(8 // count), 'PYTHONPATH': '.'},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
@@ -77,31 +78,36 @@ def test_the_first_process_lists_all(results):
 
 AT_THE_END = """
 import os, signal, sys, time
-from psp_jax import processes
+from psp_jax import cluster, processes
 
 index, address, delay = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 
 def run():
     processes.start(address, 2, index)
-    others = processes.exchange(str(os.getpid()))
+    others = cluster.exchange(str(os.getpid()))
     if index == 0:
         time.sleep(2)  # the second has ended its work by now
         os.kill(int(others[1]), signal.SIGTERM)
         time.sleep(delay)
     return 0
 
-with processes.listening():
+with processes.listening(for_good=True):
     code = processes.ended(run)
+if len(sys.argv) > 4:
+    os.kill(os.getpid(), signal.SIGTERM)
 sys.exit(code)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('delay', 'codes'), [(0, {0, PREEMPTED}), (2, {PREEMPTED})])
-def test_sigterm_when_the_work_is_done_ends_all_alike(delay, codes):
+@pytest.mark.parametrize(
+    ('delay', 'codes', 'again'),
+    [(0, {0, PREEMPTED}, []), (2, {PREEMPTED}, []), (0, {0, PREEMPTED}, ['when all is over'])],
+)
+def test_sigterm_when_the_work_is_done_ends_all_alike(delay, codes, again):
     address = f'localhost:{free_port()}'
     started = [
-        subprocess.Popen([sys.executable, '-c', AT_THE_END, str(i), address, str(delay)])
+        subprocess.Popen([sys.executable, '-c', AT_THE_END, str(i), address, str(delay), *again])
         for i in (0, 1)
     ]
     found = {process.wait(timeout=50) for process in started}

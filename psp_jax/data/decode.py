@@ -180,10 +180,10 @@ def is_passing(error: Exception) -> bool:
 
     Or a network, or that the machine was short of something. array_record's errors are text alone.
     """
-    if (
-        getattr(error, 'errno', None) in _PASSING
-        or getattr(error, 'error_code', 0) in _PASSING_CODES
-    ):
+    number = getattr(error, 'errno', None)
+    if number is not None:  # the text has the path, too
+        return number in _PASSING
+    if getattr(error, 'error_code', None) in _PASSING_CODES:
         return True
     return any(text in str(error) for text in (*PASSING_TEXTS, *map(os.strerror, _PASSING)))
 

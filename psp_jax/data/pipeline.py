@@ -20,6 +20,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from psp_jax.data.augment import augment
+from psp_jax.data.labels import IGNORE
 from psp_jax.data.sources import Source
 from psp_jax.errors import PassingError, UserError
 
@@ -178,3 +179,14 @@ def _checked(batches: tf.data.Dataset) -> Generator[dict[str, Any], None, None]:
                     raise kind(error.removeprefix(start).decode())
         skipped = zip(batch['position'].tolist(), errors, strict=True)
         yield {**batch, 'skipped': [(p, error.decode()) for p, error in skipped if error]}
+
+
+def holds_classes(source: Source, threads: int) -> bool:
+    """Whether any label of `source` has a pixel that counts; test sets may be all ignored.
+
+    Reads until there is one, `threads` examples at a time (0 = all cores).
+    """
+    if not source.labelled:
+        return False
+    examples = read_ahead(source.read, range(source.length), threads)
+    return any((label != IGNORE).any() for _, label in examples)
