@@ -1,11 +1,13 @@
 """Conversion of annotations, against label maps written by hand."""
 
 import base64
+import errno
 import io
 import json
 import os
 import re
 import shlex
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,9 @@ import pytest
 from PIL import Image
 
 from psp_jax import main
+from psp_jax.command_line import exit_code
 from psp_jax.config import load_config
-from psp_jax.data import convert
+from psp_jax.data import convert, converted, decode
 from psp_jax.data.labels import label_space, label_table, palette
 from psp_jax.data.sources import make_source
 from psp_jax.errors import UserError
@@ -359,6 +362,26 @@ def test_names_whose_colours_are_not_distinct_are_refused():
     assert labels_in('out') == {'a.png': VALUES.tolist()}
 
 
+def test_names_that_lead_outside_are_bad_examples_and_the_others_are_done(tmp_path, capsys):
+    save_voc(a=Image.fromarray(palette(label_space('voc2012'))[VALUES]))
+    outside = ('../../b', '../b', 'c/../../b', f'{tmp_path}/b', '..')
+    new('ImageSets/Segmentation/all.txt').write_text('\n'.join(['a', *outside]))
+    assert error_of('voc . --output out').startswith('4 of 5 label maps were not made: ../../b lea')
+    assert f'{tmp_path}/b leads outside of the folder of label maps' in capsys.readouterr().out
+    assert files_in('out').keys() == {'all.txt', 'converted.txt', 'labels/a.png'}
+    assert not Path('b.png').exists()
+
+
+def test_two_spellings_of_a_name_are_one_label_map():
+    save_voc(a=Image.fromarray(palette(label_space('voc2012'))[VALUES]))
+    for name, text in {'train': 'a', 'val': './a', 'trainval': 'x//../a'}.items():
+        new(f'ImageSets/Segmentation/{name}.txt').write_text(text)
+    run('voc . --output out')
+    assert Path('out/converted.txt').read_text().count('labels/') == 1
+    for name in ('train', 'val', 'trainval'):
+        assert Path(f'out/{name}.txt').read_text().endswith('/a.JPG\tlabels/a.png\n')
+
+
 # ---- cityscapes
 
 
@@ -463,6 +486,17 @@ def test_segments_become_their_categories_in_the_order_of_the_file(capsys):
     assert 'val2017/x.png: colour (3, 2, 1), as a number 66051, is of no label' in error
     save_panoptic('val2017', {7: 4})
     assert 'is not as its tool writes it (no 4)' in error_of(f'{words} car,grass')
+
+
+def test_two_spellings_of_a_png_are_one_label_map():
+    save_panoptic('val2017', SEGMENTS)
+    path = Path('annotations/panoptic_val2017.json')
+    document = json.loads(path.read_text())
+    document['annotations'].append(document['annotations'][0] | {'file_name': './x.png'})
+    path.write_text(json.dumps(document))
+    run('coco_panoptic . --output out')
+    assert Path('out/val2017.txt').read_text().count('\n') == 1
+    assert list(labels_in('out')) == ['val2017/x.png']
 
 
 def test_categories_with_commas_and_without_names(capsys, monkeypatch):
@@ -571,18 +605,89 @@ def test_a_conversion_that_was_cut_off_knows_its_files(monkeypatch):
     save_labelme('in/x', area('a', 0, 0, 5, 3))
     save_labelme('in/y', area('a', 0, 0, 5, 3))
 
-    def interrupted(output, path, content):
-        if path.endswith('all.txt'):
+    def interrupted(path, content):
+        if 'all.txt' in path:
             raise KeyboardInterrupt
-        write(output, path, content)
+        fill(path, content)
 
-    write = convert.write
+    fill = converted._fill
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(convert, 'write', interrupted)
+        patch.setattr(converted, '_fill', interrupted)
         run('labelme in --output out')
     assert len(labels_in('out')) == 2 and not Path('out/all.txt').exists()
     run('labelme in --output out')
     assert len(labels_in('out')) == 2 and Path('out/all.txt').exists()
+
+
+def test_the_record_has_each_file_before_it_is_there_and_is_opened_once(monkeypatch):
+    def counted(path, mode='r'):
+        opened.append((path, mode))
+        return open(path, mode)
+
+    def filled(path, content):
+        name = os.path.relpath(path, 'out').removesuffix('.unfinished')
+        assert name == 'converted.txt' or f'\t{name}\n' in Path('out/converted.txt').read_text()
+        fill(path, content)
+
+    opened, fill = [], converted._fill
+    monkeypatch.setattr(converted, 'open', counted, raising=False)
+    monkeypatch.setattr(converted, '_fill', filled)
+    for name in 'abcdef':
+        save_labelme(f'in/{name}', area('a', 0, 0, 5, 3))
+    run('labelme in --output out')
+    assert opened.count(('out/converted.txt', 'ab')) == 1 and len(opened) == 1 + 6 + 2
+    lines = Path('out/converted.txt').read_text().splitlines()[1:]
+    assert {line.split('\t')[1] for line in lines} == files_in('out').keys() - {'converted.txt'}
+
+
+def test_files_of_an_earlier_conversion_are_read_at_the_same_time(monkeypatch):
+    def read(path):
+        if path.endswith('.png'):
+            both.wait(30)  # fails where one is read after the other
+        return decode.read_bytes(path)
+
+    both = threading.Barrier(2)
+    for name in 'ab':
+        save_labelme(f'in/{name}', area('a', 0, 0, 5, 3))
+    run('labelme in --output out')
+    monkeypatch.setattr(converted, 'read_bytes', read)
+    run('labelme in --output out')
+    assert list(labels_in('out')) == ['a.png', 'b.png']
+
+
+def test_a_record_that_has_a_file_outside_removes_nothing():
+    save_labelme('in/x', area('a', 0, 0, 5, 3))
+    run('labelme in --output out')
+    record = Path('out/converted.txt')
+    record.write_text(record.read_text().replace('\tall.txt', '\t../in/x.json'))
+    Path('out/all.txt').unlink()
+    error = error_of('labelme in --output out')
+    assert error == 'out/converted.txt has out/../in/x.json, outside of it: name another --output'
+    assert list(labels_in('out')) == ['x.png'] and Path('in/x.json').exists()
+
+
+@pytest.mark.parametrize('number', [errno.EIO, errno.ETIMEDOUT])
+@pytest.mark.parametrize('times', [1, 9])
+def test_a_disk_that_does_not_answer_ends_a_conversion_and_is_no_bad_example(
+    monkeypatch, capsys, number, times
+):
+    def opened(path):
+        if 'bad' in path and (tries.append(path) or len(tries) <= times):
+            raise OSError(number, os.strerror(number), path)
+        return real(path)
+
+    tries, real = [], Image.open
+    for name in ('good', 'bad'):
+        save_labelme(f'in/{name}', area('a', 0, 0, 5, 3))
+    monkeypatch.setattr(decode, '_PAUSES', (0, 0))
+    monkeypatch.setattr(Image, 'open', opened)
+    code = exit_code(convert.run, ['labelme', 'in', '--output', 'out'])
+    said = capsys.readouterr()
+    assert 'not made' not in said.out
+    assert code == (times > 2)
+    if times > 2:
+        error = f'in/bad.jpg cannot be read: {os.strerror(number)}'
+        assert said.err.splitlines()[-1] == f'psp_jax: error: {error}'
 
 
 def test_names_that_no_list_can_hold_are_bad_files_and_the_others_are_done(capsys):
@@ -630,7 +735,6 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
         ('labelmap.txt', 'a', 'voc in --output out', "line 1: 'a' is not label:red,green,blue"),
         ('labelmap.txt', 'a:0,0,256::', 'voc in --output out', 'is not label:red,green,blue'),
         ('labelmap.txt', 'a:0,0,0\nb:0, 0, 0', 'voc in --output out', 'b has the colour of a'),
-        ('ImageSets/Segmentation/a.txt', '../../x', 'voc in --output out', 'written outside of'),
         ('gtFine/x.json', '', 'cityscapes in --output out', 'in: holds no gtFine/SPLIT/CITY/*_'),
         ('x.json', '', 'coco_panoptic in --output out', 'in: holds no annotations/panoptic_*.json'),
         ('x.json', '', 'labelme in', '--output'),

@@ -12,7 +12,8 @@ formats, and what INPUT is:
   cityscapes     a folder with leftImg8bit and gtFine
   coco_panoptic  a panoptic JSON file beside its folder of PNGs, or COCO's folder
 
-exit codes: 0 done, 2 an error of the user's (one line on stderr says which), 130 interrupted
+exit codes: 0 done, 1 a disk or a network did not answer, 2 an error of the user's (one line on
+  stderr says which), 130 interrupted
 """
 
 import argparse
@@ -23,13 +24,14 @@ import sys
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from PIL import Image
 from tqdm import tqdm
 
 from psp_jax.command_line import Parser, exit_code
 from psp_jax.data.annotations import class_name
-from psp_jax.data.converted import claim, list_line, listed, write
+from psp_jax.data.converted import Write, claimed, list_line, listed
 from psp_jax.data.faults import some
 from psp_jax.data.formats import FORMATS, Plan
 from psp_jax.data.labels import label_space, palette
@@ -77,6 +79,10 @@ def _split(names: Sequence[str], share: float) -> dict[str, list[str]]:
     return {'train': [name for name in names if name not in val], 'val': sorted(val)}
 
 
+def _leads_outside(name: str) -> bool:
+    return os.path.isabs(name) or name.split(os.sep)[0] == os.pardir
+
+
 def convert(plan: Plan, output: str, origin: str, val: float = 0) -> None:
     """Writes label maps and lists, and prints what was done; `origin` says of what they are made.
 
@@ -88,13 +94,18 @@ def convert(plan: Plan, output: str, origin: str, val: float = 0) -> None:
     titles = ('train', 'val') if val else plan.lists
     paths = {title: os.path.join(output, f'{title}.txt') for title in titles}
     labels = {name: os.path.join(output, 'labels', f'{name}.png') for name in names}
-    claim(output, origin, [*paths.values(), *labels.values()])
+    inside = [path for name, path in labels.items() if not _leads_outside(name)]
     colors = palette(label_space(plan.classes)).tobytes()
 
-    def make(name: str) -> tuple[str, frozenset[str]] | UserError:
+    def make(write: Write, name: str) -> tuple[str, frozenset[str]] | UserError:
         label = listed(labels[name], output)
         try:
             list_line(label)  # the other messages could not be printed
+            if _leads_outside(name):
+                raise UserError(
+                    f'{name} leads outside of the folder of label maps: correct the file that '
+                    'lists it'
+                )
             image, ids, others = plan.make(name)
             line = list_line(listed(image, output), label)
         except UserError as error:
@@ -102,30 +113,33 @@ def convert(plan: Plan, output: str, origin: str, val: float = 0) -> None:
         picture, encoded = Image.fromarray(ids), io.BytesIO()
         picture.putpalette(colors)
         picture.save(encoded, 'PNG')
-        write(output, labels[name], encoded.getvalue())
+        write(labels[name], encoded.getvalue())
         return line, others
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(make, names)
-        done = dict(zip(names, tqdm(results, 'converting', len(names), disable=None), strict=True))
-    made = {name: result for name, result in done.items() if not isinstance(result, UserError)}
-    bad = [str(result) for result in done.values() if isinstance(result, UserError)]
-    for text in bad:
-        print(f'not made: {text}')
-    more = f' (and {len(bad) - 1} more, listed above)' if bad[1:] else ''
-    if val and len(made) < 2:
-        raise UserError(
-            f'--val={val}: {len(made)} of {len(names)} label maps were made, and train and val '
-            f'need one each{f": {bad[0]}{more}" if bad else ""}'
-        )
-    lists = _split(list(made), val) if val else plan.lists
-    for title, path in paths.items():
-        lines = [made[name][0] for name in lists[title] if name in made]
-        if lines:
-            write(output, path, ''.join(lines).encode())
-            print(f'{len(lines)} images with label maps in {path}')
-        else:
-            print(f'{path} is not written, as none of its label maps was made')
+    with claimed(output, origin, [*paths.values(), *inside]) as write:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = pool.map(partial(make, write), names)
+            done = dict(
+                zip(names, tqdm(results, 'converting', len(names), disable=None), strict=True)
+            )
+        made = {name: result for name, result in done.items() if not isinstance(result, UserError)}
+        bad = [str(result) for result in done.values() if isinstance(result, UserError)]
+        for text in bad:
+            print(f'not made: {text}')
+        more = f' (and {len(bad) - 1} more, listed above)' if bad[1:] else ''
+        if val and len(made) < 2:
+            raise UserError(
+                f'--val={val}: {len(made)} of {len(names)} label maps were made, and train and val '
+                f'need one each{f": {bad[0]}{more}" if bad else ""}'
+            )
+        lists = _split(list(made), val) if val else plan.lists
+        for title, path in paths.items():
+            lines = [made[name][0] for name in lists[title] if name in made]
+            if lines:
+                write(path, ''.join(lines).encode())
+                print(f'{len(lines)} images with label maps in {path}')
+            else:
+                print(f'{path} is not written, as none of its label maps was made')
     _print_labels(plan, {label for _, others in made.values() for label in others})
     if len(lists) == 1:
         print('This is one list for both training and validation; --val 0.2 divides it')

@@ -5,10 +5,12 @@ paths relative to DIR. A line is there before its file, so that a conversion tha
 its own files, too.
 """
 
+import contextlib
 import os
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 
 from psp_jax.command_line import whole_file
@@ -16,26 +18,54 @@ from psp_jax.data.decode import read_bytes
 from psp_jax.errors import UserError
 
 RECORD = 'converted.txt'
-_one_line_at_a_time = threading.Lock()
+Write = Callable[[str, bytes], None]
 
 
-def claim(output: str, origin: str, paths: Iterable[str]) -> None:
-    """Makes room for `paths`: removes what an earlier conversion of `origin` wrote to the folder.
+@contextlib.contextmanager
+def claimed(output: str, origin: str, paths: Iterable[str]) -> Iterator[Write]:
+    """Makes room for `paths` in the folder, and gives `write(path, content)` for files there.
 
-    Raises UserError, with nothing removed, where the folder is of another conversion, where one of
-    its files was changed since, and where `paths` hold a file that it did not write.
+    Any thread may call `write`, which raises UserError where the file cannot be written. What an
+    earlier conversion of `origin` wrote is removed at the start. Raises UserError, with nothing
+    removed, where the folder is of another conversion, where one of its files was changed since,
+    and where `paths` hold a file that it did not write.
     """
-    record = os.path.join(output, RECORD)
-    known = _recorded(record, origin)
-    there = []
-    for name in dict.fromkeys([*(os.path.relpath(path, output) for path in paths), *known]):
+    path_of_record = os.path.join(output, RECORD)
+    _make_room(output, origin, paths, _recorded(path_of_record, origin))
+    with whole_file(path_of_record) as unfinished:
+        _fill(unfinished, _head(origin))
+    one_line_at_a_time = threading.Lock()
+    record = open(path_of_record, 'ab')
+
+    def write(path: str, content: bytes) -> None:
+        line = f'{_hash(content)}\t{os.path.relpath(path, output)}\n'
+        with whole_file(path) as unfinished:
+            with one_line_at_a_time:
+                record.write(line.encode())
+                record.flush()  # a file that the record lacks would be taken for the user's
+            _fill(unfinished, content)
+
+    try:
+        yield write
+    finally:
+        try:
+            record.close()  # on a disk of a network the first to know that the disk is full
+        except OSError as error:
+            raise UserError(f'{path_of_record} cannot be written ({error.strerror})') from error
+
+
+def _make_room(output: str, origin: str, paths: Iterable[str], known: dict[str, set[str]]) -> None:
+    """Removes the known files, once all of them and of `paths` are found to be as they should."""
+
+    def checked(name: str) -> str:
+        """The path of this name where a file is; '' where there is none."""
         path = os.path.join(output, name)
-        if name.startswith(os.pardir):
-            raise UserError(f'{path} would be written outside of --output={output}')
+        if name.startswith(os.pardir):  # in a record that was changed by hand
+            raise UserError(f'{output}/{RECORD} has {path}, outside of it: name another --output')
         if name == RECORD:
             raise UserError(f'{path} is the record of what is written: rename the list')
         if not os.path.lexists(path):
-            continue
+            return ''
         if name not in known:
             raise UserError(
                 f'{path} is there, and not written by {origin}: move it, or name another --output'
@@ -44,24 +74,21 @@ def claim(output: str, origin: str, paths: Iterable[str]) -> None:
             raise UserError(
                 f'{path} was changed since {origin} wrote it: move it, or name another --output'
             )
-        there.append(path)
-    for path in there:  # all, so that no list has label maps of other classes should this end early
+        return path
+
+    def remove(path: str) -> None:
         try:
             os.remove(path)
         except OSError as error:
             raise UserError(f'{path} cannot be removed ({error.strerror})') from error
-    with whole_file(record) as unfinished:
-        _fill(unfinished, _head(origin))
 
-
-def write(output: str, path: str, content: bytes) -> None:
-    """Writes a file of a claimed folder; raises UserError where it cannot be written."""
-    line = f'{_hash(content)}\t{os.path.relpath(path, output)}\n'
-    with whole_file(path) as unfinished:
-        # a file system of a network may lose a line of two that are written at once
-        with _one_line_at_a_time, open(os.path.join(output, RECORD), 'ab') as record:
-            record.write(line.encode())
-        _fill(unfinished, content)
+    names = dict.fromkeys([*(os.path.relpath(path, output) for path in paths), *known])
+    # A disk of a network is slow to answer, but answers many at once. The first error ends a map.
+    with ThreadPoolExecutor() as pool:
+        there = [path for path in pool.map(checked, names) if path]
+        # all, so that no list has label maps of other classes should this end early
+        for _ in pool.map(remove, there):
+            pass
 
 
 def listed(path: str, root: str) -> str:

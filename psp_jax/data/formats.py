@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -18,11 +19,11 @@ from PIL import Image
 from psp_jax.data import annotations
 from psp_jax.data.annotations import IGNORED, Shape, Size, class_name
 from psp_jax.data.converted import list_line
-from psp_jax.data.decode import read_bytes, read_image
+from psp_jax.data.decode import exists, is_passing, read_bytes, read_image, try_again
 from psp_jax.data.faults import some
 from psp_jax.data.labels import IGNORE, label_space
 from psp_jax.data.sources import PICTURES
-from psp_jax.errors import UserError
+from psp_jax.errors import PassingError, UserError
 
 T = TypeVar('T')
 Made = tuple[str, np.ndarray, frozenset[str]]
@@ -32,9 +33,9 @@ class Plan(NamedTuple):
     """What there is to convert.
 
     classes: for data.classes. lists: by the name of a list, the names of its label maps, which are
-    relative paths without suffix. make: name of a label map -> path of its image, ids uint8 [H, W],
-    and labels in it that are no classes; raises UserError for a bad file. labels: those found
-    beforehand, as they are written.
+    normalised relative paths without suffix; one that leads outside is a bad example. make: name of
+    a label map that does not -> path of its image, ids uint8 [H, W], and labels in it that are no
+    classes; raises UserError for a bad file. labels: those found beforehand, as they are written.
     """
 
     classes: str
@@ -111,7 +112,7 @@ def voc(folder: str, flags: argparse.Namespace) -> Plan:
             labels[color] = name
     labels[annotations.VOID] = IGNORED
     lists = {
-        file.removesuffix('.txt'): examples
+        file.removesuffix('.txt'): [*map(os.path.normpath, examples)]
         for file in _find(sets, '*.txt')
         if (examples := _parsed(os.path.join(sets, file), annotations.image_set, _text))
     } or _lists(name.removesuffix('.png') for name in _find(masks, '**/*.png'))
@@ -166,7 +167,7 @@ def coco_panoptic(path: str, flags: argparse.Namespace) -> Plan:
         pictures = flags.images or os.path.join(os.path.dirname(file), os.pardir, split)
         for png, (picture, segments) in pngs.items():
             image = os.path.normpath(os.path.join(pictures, picture))
-            name = os.path.join(split, os.path.splitext(png)[0])
+            name = os.path.normpath(os.path.join(split, os.path.splitext(png)[0]))
             found[name] = image, os.path.join(base, png), segments
     classes, ids = _classes(flags, [*known], path)
 
@@ -273,19 +274,29 @@ def _colored(
 
 
 def _check_image(path: str, size: tuple[int, ...]) -> None:
-    """Raises UserError where an image cannot be read or listed, or has another (height, width)."""
+    """Raises UserError where an image cannot be read or listed, or has another (height, width).
+
+    PassingError where a disk does not answer, after some tries.
+    """
     list_line(path)
+    height, width = try_again(partial(_image_size, path))
+    if (height, width) != size:
+        raise UserError(f'{path} is {width}x{height}, its annotation for {size[1]}x{size[0]}')
+
+
+def _image_size(path: str) -> Size:
     try:
         with Image.open(path) as image:  # reads the file's head alone
-            found = image.size
+            width, height = image.size
             turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientation
     except FileNotFoundError:
         raise UserError(f'{path} does not exist; --images DIR says where images are') from None
     except Exception as error:  # Pillow raises nearly anything on broken files
+        # without a number it is Pillow's own, whose text has the path, which may hold any word
+        if isinstance(error, OSError) and error.errno and is_passing(error):
+            raise PassingError(f'{path} cannot be read: {error.strerror}') from None
         raise UserError(f'{path} cannot be read as a picture ({type(error).__name__})') from error
-    width, height = found[::-1] if turned else found
-    if (height, width) != size:
-        raise UserError(f'{path} is {width}x{height}, its annotation for {size[1]}x{size[0]}')
+    return (width, height) if turned else (height, width)
 
 
 def _find(folder: str, pattern: str) -> list[str]:
@@ -297,4 +308,5 @@ def _picture(folder: str, name: str) -> str:
     """The path of the image of this name, with its suffix; .jpg if there is none."""
     stem = os.path.join(folder, name)
     suffixes = (case for suffix in PICTURES for case in (suffix, suffix.upper()))
-    return next((stem + s for s in suffixes if os.path.exists(stem + s)), f'{stem}.jpg')
+    found = (stem + s for s in suffixes if try_again(partial(exists, stem + s)))
+    return next(found, f'{stem}.jpg')
