@@ -541,8 +541,22 @@ def test_where_there_are_no_files_no_list_is_advised_or_begun(tmp_path, capsys):
 def test_folders_in_which_nothing_is_written_are_not_left(root, tmp_path, capsys):
     for path in [*root.glob('images/*/*'), root / 'train.txt']:
         path.write_bytes(b'')
-    faults_of(capsys, config_of(root), str(tmp_path / 'shown'), str(tmp_path / 'fixed'))
+    faults_of(capsys, config_of(root), str(tmp_path / 'shown'), str(tmp_path / 'deep/fixed'))
     assert os.listdir(tmp_path) == ['my data']
+
+
+def test_a_folder_that_is_refused_is_not_made(root, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    before = sorted(tmp_path.rglob('*'))
+    for source, shown, fixed, said in (
+        ('dirs', 'my data/images/train/x', '', '--show=.*: lies in a folder that is read'),
+        ('dirs', 'shown', 'my data/labels/val/x/y', '--fix-list=.*: lies in a folder that is read'),
+        ('list', 'empty/shown', 'my data/val.txt/x', '--fix-list=.*: is no folder that can be'),
+    ):
+        folders = [str(tmp_path / path) if path else '' for path in (shown, fixed)]
+        with pytest.raises(UserError, match=said):
+            check(config_of(root, source), *folders)
+        assert sorted(tmp_path.rglob('*')) == before
 
 
 def test_a_path_that_no_list_can_hold_is_named(tmp_path):
@@ -551,6 +565,7 @@ def test_a_path_that_no_list_can_hold_is_named(tmp_path):
         check(config_of(tmp_path / 'my\tdata'), '', str(tmp_path / 'fixed'))
     assert "train 0.jpg': rename it, lists of files cannot hold such a name" in str(error.value)
     assert '\t' not in str(error.value)
+    assert os.listdir(tmp_path) == ['my\tdata']
 
 
 def test_the_time_is_that_of_reading_alone(root, tmp_path, capsys, monkeypatch):

@@ -11,7 +11,8 @@ import shlex
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -158,6 +159,27 @@ def read_folders(data: ConfigDict, root: str) -> list[str]:
     return [os.path.realpath(path) for path in paths if '://' not in path]
 
 
+@contextlib.contextmanager
+def _made(flag: str, folder: str) -> Iterator[None]:
+    """Makes a folder, unless '', and at the end takes away again what nothing was written to.
+
+    Raises UserError where it cannot be written to.
+    """
+    paths = Path(folder), *Path(folder).parents
+    missing = [path for path in paths if not os.path.lexists(path)]
+    try:
+        if folder:
+            with contextlib.suppress(OSError):
+                os.makedirs(folder)
+            if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+                raise UserError(f'{flag}={folder}: is no folder that can be written to')
+        yield
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # it holds something
+                path.rmdir()
+
+
 def check(config: ConfigDict, show_to: str = '', fix_to: str = '') -> None:
     """Prints what is in the data set and what is wrong; writes pictures and lists to folders.
 
@@ -182,69 +204,60 @@ def check(config: ConfigDict, show_to: str = '', fix_to: str = '') -> None:
             raise UserError(
                 f'--fix-list={fix_to}: {path} is there already; remove it, or name another folder'
             )
-    made = []
     for flag, folder in (('--show', show_to), ('--fix-list', fix_to)):
         if '://' in folder:
             raise UserError(f'{flag}={folder}: must be a local folder')
         if not folder:
             continue
-        with contextlib.suppress(OSError):
-            os.makedirs(folder)
-            made.append(folder)
-        if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-            raise UserError(f'{flag}={folder}: is no folder that can be written to')
         if data.source.startswith('dirs') and _is_within(folder, read_folders(data, root)):
             raise UserError(f'{flag}={folder}: lies in a folder that is read; name another')
+    with _made('--show', show_to), _made('--fix-list', fix_to):
+        # What is stored, whatever the configuration makes of it: that may be wrong.
+        stored = ConfigDict({**data, 'classes': '255', 'label_map': ''})
+        splits, findings = [], []
+        for name in names:
+            source, problems = open_split(stored, name)
+            findings += problems
+            if source:
+                splits.append(read_split(source, name, data.threads))
+                findings += [fault for facts in splits[-1].facts for fault in facts.faults]
+        seconds = time.monotonic() - start
+        for split in splits:
+            findings += judge_labels(split, data)
+        findings += [*judge_copies(splits), *judge_classes(splits, data)]
+        lines = [
+            f"data.source={data.source}, data.root='{data.root}', "
+            f"{len(label_space(data.classes).names)} classes, data.label_map='{data.label_map}'",
+            '',
+            *size_lines(splits),
+            *class_lines(splits, data),
+            *finding_lines(findings),
+        ]
+        below_root = re.compile(r'(?<!\S)' + re.escape(os.path.join(root, '')))
+        print(below_root.sub('', '\n'.join(lines)))
 
-    # What is stored, whatever the configuration makes of it: that may be wrong.
-    stored = ConfigDict({**data, 'classes': '255', 'label_map': ''})
-    splits, findings = [], []
-    for name in names:
-        source, problems = open_split(stored, name)
-        findings += problems
-        if source:
-            splits.append(read_split(source, name, data.threads))
-            findings += [fault for facts in splits[-1].facts for fault in facts.faults]
-    seconds = time.monotonic() - start
-    for split in splits:
-        findings += judge_labels(split, data)
-    findings += [*judge_copies(splits), *judge_classes(splits, data)]
-    lines = [
-        f"data.source={data.source}, data.root='{data.root}', "
-        f"{len(label_space(data.classes).names)} classes, data.label_map='{data.label_map}'",
-        '',
-        *size_lines(splits),
-        *class_lines(splits, data),
-        *finding_lines(findings),
-    ]
-    below_root = re.compile(r'(?<!\S)' + re.escape(os.path.join(root, '')))
-    print(below_root.sub('', '\n'.join(lines)))
-
-    faults = [finding for finding in findings if finding.heading not in NOTES]
-    bad = {split.name: {f.example for f in faults if f.split == split.name} for split in splits}
-    if show_to and 'train' not in bad:
-        print(f'\n{show_to}: no pictures, since train could not be read')
-    elif show_to:
-        source, _ = open_split(data, 'train')
-        assert source
-        count = show(source, bad['train'], config, show_to)
-        print(f'\n{show_to}: {count} training examples as the network sees them')
-    remedy = ', or see --fix-list in --help' if has_files else ''
-    if fix_to:
-        flags = ['--config.data.source=list', '--config.data.root=']
-        texts = {s.name: text for s in splits if (text := fixed_list(s, bad[s.name]))}
-        for name, text in texts.items():
-            with open(lists[name], 'w', encoding='utf-8') as file:
-                file.write(text)
-        flags += [f'--config.data.{n}={lists[n] if n in texts else ""}' for n in names]
-        if texts:
-            remedy = ', or train on the lists without them'
-            print(f'\nLists without the faults, to be used with\n  {shlex.join(flags)}')
-        else:
-            print('\n--fix-list: no list is written, as no example is without faults')
-    for folder in made:
-        with contextlib.suppress(OSError):  # it holds something
-            os.rmdir(folder)
+        faults = [finding for finding in findings if finding.heading not in NOTES]
+        bad = {split.name: {f.example for f in faults if f.split == split.name} for split in splits}
+        if show_to and 'train' not in bad:
+            print(f'\n{show_to}: no pictures, since train could not be read')
+        elif show_to:
+            source, _ = open_split(data, 'train')
+            assert source
+            count = show(source, bad['train'], config, show_to)
+            print(f'\n{show_to}: {count} training examples as the network sees them')
+        remedy = ', or see --fix-list in --help' if has_files else ''
+        if fix_to:
+            flags = ['--config.data.source=list', '--config.data.root=']
+            texts = {s.name: text for s in splits if (text := fixed_list(s, bad[s.name]))}
+            for name, text in texts.items():
+                with open(lists[name], 'w', encoding='utf-8') as file:
+                    file.write(text)
+            flags += [f'--config.data.{n}={lists[n] if n in texts else ""}' for n in names]
+            if texts:
+                remedy = ', or train on the lists without them'
+                print(f'\nLists without the faults, to be used with\n  {shlex.join(flags)}')
+            else:
+                print('\n--fix-list: no list is written, as no example is without faults')
     total = sum(split.source.length for split in splits)
     print(f'\n{total} examples read in {seconds:.0f} s', flush=True)
     if faults:
@@ -264,7 +277,8 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         usage='%(prog)s --config configs/NAME.py[:arg=value,...] [--show DIR] [--fix-list DIR] '
         '[--config.key=value ...]',
         description='Reads the whole data set and says what is in it and what is wrong.',
-        epilog='exit codes: 0 no faults, 2 faults or an error of yours, 130 interrupted',
+        epilog='exit codes: 0 no faults, 1 a disk or a network did not answer, 2 faults or an '
+        'error of yours, 130 interrupted',
     )
     path = os.path.expanduser
     config_help = 'a config file and its arguments: configs/custom.py:root=data/mine'
