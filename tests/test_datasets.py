@@ -1,5 +1,6 @@
 """The TFDS builders, on small archives that have the layout of the real ones."""
 
+import errno
 import importlib.util
 import io
 import json
@@ -21,6 +22,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
 from psp_jax.command_line import exit_code
+from psp_jax.data import check, convert
 from psp_jax.data.labels import label_space
 from psp_jax.datasets import __main__, common, voc2012
 from psp_jax.datasets.ade20k import Ade20k
@@ -487,6 +489,26 @@ def test_damaged_bytes_in_an_archive_are_an_error_naming_it(tmp_path):
         read(name)
 
 
+def test_an_archive_that_python_cannot_unpack_is_not_called_damaged(tmp_path):
+    path = tmp_path / 'one.zip'
+    write_zip(path, {'picture': b'content'})
+    content = bytearray(path.read_bytes())
+    entry = content.index(b'PK\1\2')  # flags and method are there too, 2 bytes further on
+    for at, value, said in (
+        (6, 1, "File 'picture' is encrypted"),
+        (8, 9, 'compression'),  # Deflate64
+    ):
+        packed = bytearray(content)
+        packed[at] = packed[entry + at + 2] = value
+        path.write_bytes(packed)
+        with pytest.raises(UserError) as error:
+            common.open_zip(path).read('picture')
+        message = str(error.value)
+        assert message.startswith(f'{path} is packed in a way that Python cannot read (')
+        assert said in message
+        assert message.endswith('): use the archive as its authors publish it')
+
+
 def test_a_damaged_label_of_sbd_is_an_error_naming_it_and_its_archive(tmp_path):
     name = 'benchmark_RELEASE/dataset/cls/2010_000005.mat'
     content = bytearray(mat(values(0, 7)))
@@ -597,6 +619,30 @@ def test_a_folder_that_is_a_file_or_of_an_unknown_scheme_is_said(tmp_path, capsy
     words = ['camvid', '--data_dir', f'{file}/below', '--manual_dir', str(tmp_path)]
     assert exit_code(__main__.run, words) == 2
     assert "Not a directory: '" in (said := capsys.readouterr().err) and '--manual' not in said
+
+
+@pytest.mark.parametrize('number', [errno.EIO, errno.ECONNREFUSED, errno.EACCES])
+def test_a_disk_or_a_network_that_does_not_answer_ends_with_1(
+    tmp_path, capsys, monkeypatch, number
+):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    make_camvid(tmp_path)
+    monkeypatch.setattr(Camvid, 'download_and_prepare', fail)
+    words = ['camvid', '--data_dir', f'{tmp_path}/data', '--manual_dir', str(tmp_path)]
+    assert exit_code(__main__.run, words) == (2 if number == errno.EACCES else 1)
+    assert os.strerror(number) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('run', [__main__.run, convert.run, check.run])
+def test_help_lists_the_exit_codes(capsys, run):
+    with pytest.raises(SystemExit):
+        run(['--help'])
+    text = ' '.join(capsys.readouterr().out.split())
+    codes = text.partition('exit codes: ')[2]
+    for code in ('0 ', ' 1 a disk or a network did not answer', ' 2 ', ' 130 interrupted'):
+        assert code in codes
 
 
 def test_warnings_come_again_at_the_end_and_nothing_is_said_of_unknown_sizes(tmp_path, capsys):

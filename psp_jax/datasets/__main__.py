@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from psp_jax.command_line import Parser, disk_is_full, exit_code, quieten_libraries
-from psp_jax.data.decode import exists
+from psp_jax.data.decode import exists, is_passing
 from psp_jax.datasets import BUILDERS
-from psp_jax.errors import UserError
+from psp_jax.errors import PassingError, UserError
 
 
 def make_builder(name: str, data_dir: str | None) -> Any:
@@ -42,7 +42,10 @@ def run(argv: Sequence[str]) -> None:
     parser = Parser(
         prog='python -m psp_jax.datasets',
         description='Prepares a data set, downloading what it can: for data.source=tfds:NAME.',
-        epilog='python -m psp_jax.datasets NAME --describe tells what a data set needs and holds.',
+        epilog='python -m psp_jax.datasets NAME --describe tells what a data set needs and holds.\n'
+        '\n'
+        'exit codes: 0 done, 1 a disk or a network did not answer, 2 an error of yours (one line\n'
+        '  on stderr says which), 130 interrupted',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -107,7 +110,8 @@ def run(argv: Sequence[str]) -> None:
         advice = '; an archive that cannot be downloaded here may be put into --manual_dir'
         if getattr(error, 'filename', None):  # it is not the network
             advice = ''
-        raise UserError(f'{flags.name}: {" ".join(str(error).split())}{advice}') from error
+        kind = PassingError if is_passing(error) else UserError
+        raise kind(f'{flags.name}: {" ".join(str(error).split())}{advice}') from error
     finally:
         python_logging.getLogger('absl').removeFilter(kept)
     for text in warnings:  # they were told amid progress bars

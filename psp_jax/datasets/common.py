@@ -31,15 +31,15 @@ from psp_jax.errors import UserError
 
 ARRAY_RECORD = file_adapters.FileFormat.ARRAY_RECORD
 
-# What damaged bytes of an archive raise. RuntimeError: a bit that says that it is encrypted.
-_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError, ValueError)
+# What damaged bytes of an archive raise.
+_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, ValueError)
 
 
 class Archive(NamedTuple):
     """The files in a zip or tar file.
 
     path: where it lies, for messages. names: of the files in it. read: name -> the file's bytes;
-        raises UserError for a name that is not there, or whose bytes are damaged.
+        raises UserError for a name that is not there, or whose bytes cannot be read.
     """
 
     path: str
@@ -135,6 +135,11 @@ def whole(path: epath.PathLike, otherwise: str) -> Iterator[None]:
     """Names the archive where reading it fails: raises UserError, '{path} {otherwise}: ...'."""
     try:
         yield
+    except RuntimeError as error:  # zipfile's for encryption and, NotImplementedError, for methods
+        raise UserError(
+            f'{path} is packed in a way that Python cannot read ({error}): use the archive as its '
+            'authors publish it'
+        ) from error
     except (*_DAMAGE, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a place before the start
             raise
