@@ -45,7 +45,7 @@ many processes: the same command on each, which finds the others on Cloud TPU, S
 
 exit codes: 0 done, 2 an error of the user's (one line on stderr says which), 75 stopped by SIGTERM
   (run the same command again; training goes on from a checkpoint), 69 other processes did not come,
-  130 interrupted
+  130 interrupted, 1 a disk or a network that did not answer (one line says which), or a bug
 """
 
 
