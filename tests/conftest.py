@@ -16,11 +16,6 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 
-# Compiles float64 in half the time. Read at JAX's first use; the command line's processes get
-# what users have instead: see `programs`.
-LITTLE_OPTIMISATION = {'XLA_FLAGS': '--xla_backend_optimization_level=1'}
-os.environ.update(LITTLE_OPTIMISATION)
-
 # PSPNet-18 with narrow heads. Whatever is compiled into the training step stays as it is in nearly
 # all tests, so that they compile it once: see `programs`.
 SMALL_CONFIG = """\
@@ -114,7 +109,6 @@ def programs(shared: Path) -> dict[str, str]:
     return {
         'JAX_COMPILATION_CACHE_DIR': folder,
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-        'XLA_FLAGS': '',
     }
 
 

@@ -9,8 +9,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
-from conftest import LITTLE_OPTIMISATION
-from several import free_port
+from several import LITTLE_OPTIMISATION, free_port
 
 from psp_jax import protocols
 from psp_jax.config import default_config

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LITTLE_OPTIMISATION, made_once
-from several import flags_of_processes, free_port
+from conftest import made_once
+from several import LITTLE_OPTIMISATION, flags_of_processes, free_port
 
 from psp_jax import processes
 from psp_jax.command_line import PREEMPTED

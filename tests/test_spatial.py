@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from several import free_port
+from several import LITTLE_OPTIMISATION, free_port
 from test_losses import loss_by_numpy
 
 from psp_jax.config import default_config, flatten
@@ -28,7 +29,9 @@ GATHERS = {'all-gather', 'all-to-all', 'collective-broadcast', 'ragged-all-to-al
 def start_worker(*words):
     return subprocess.Popen(
         [sys.executable, ROOT / 'tests/spatial_worker.py', *map(str, words)],
-        env={**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'},
+        env=os.environ
+        | LITTLE_OPTIMISATION
+        | {'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'},
     )
 
 
@@ -78,8 +81,10 @@ def test_half_an_image_a_device_equals_one_device(tmp_path):
     assert_equals_one_device(output, ['1x2'])
     listed = json.loads(str(arrays_of(output, '1x2')['collectives']))
     # The one thing that is gathered in float64, and in no precision that one trains with: the
-    # compiler does not divide the gradient of max pooling there.
-    assert all(op_name.endswith('select_and_scatter') for _, _, op_name in gathers(listed))
+    # compiler does not divide the gradient of max pooling there (the second and third name of jax
+    # 0.12: what goes into it).
+    of_pooling = r'select_and_scatter$|/backbone/pad$|/backbone/layer1_block0/conv1/add_any$'
+    assert all(re.search(of_pooling, op_name) for _, _, op_name in gathers(listed))
 
 
 @pytest.mark.slow

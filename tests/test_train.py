@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from several import LITTLE_OPTIMISATION
 
 from psp_jax import optimizer, train
 from psp_jax.config import default_config
@@ -25,7 +26,7 @@ def run_worker(devices, output):
         [sys.executable, ROOT / 'tests/global_batch_worker.py', str(devices), str(output)],
         check=True,
         timeout=900,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        env=os.environ | LITTLE_OPTIMISATION | {'PYTHONPATH': str(ROOT)},
     )
     return dict(np.load(output))
 
