@@ -50,9 +50,7 @@ SMALLEST = (
     Row('custom', 50, 'h100:1', ()),
     *(Row(data, 50, 'v5e:1x1') for data in DATA),
     Row('cityscapes', 50, 'v5e:2x2'),
-    *(Row(data, 50, 'v5e:2x2', ()) for data in DATA),
-    Row('cityscapes', 50, 'v5e:2x4', ()),
-    Row('cityscapes', 101, 'v5e:4x8', (BF16, SPACE2)),
+    Row('cityscapes', 50, 'v5e:4x4', (BF16, SPACE2)),  # half an image a chip: more would not help
 )
 TABLES = {
     'ADE20K, PSPNet-50': ADE,
