@@ -22,7 +22,8 @@ Expect:   published validation mIoU / pixel accuracy, by sliding windows at a si
           `--mode eval --config.eval.protocol=semseg`.
 
 Fits:     as it stands on one card of 80 GB: 19.3 GiB of an H100 as compiled, 34.8 at depth=101. Of
-          TPUs, in bfloat16, v5e:2x4 was compiled: 2.0 of 15.75 GiB a chip (docs/scale.md).
+          TPUs, in bfloat16, on one v5e chip: 9.5 of 15.75 GiB; v5e:2x4 has 2.0 a chip, 3.4 at
+          depth=101 (docs/scale.md).
 
 Data:     ADEChallengeData2016 as it is downloaded, in `data/ade20k` (or --config.data.root=DIR):
           images/{training,validation}/*.jpg and annotations/{training,validation}/*.png,

@@ -25,8 +25,8 @@ Expect:   published validation mIoU / pixel accuracy (semseg's README), by slidi
           `--mode eval --config.eval.protocol=semseg`.
 
 Fits:     as it stands on one card of 80 GB: 43.7 GiB of an H100 as compiled. depth=101 needs
-          bfloat16 there: 39.6 of 59.3 GiB, where float32 takes 60.2. Of TPUs, in bfloat16, v5e:2x4
-          was compiled: 4.1 of 15.75 GiB a chip (docs/scale.md).
+          bfloat16 there: 39.6 of 59.3 GiB, where float32 takes 60.2. Of TPUs, in bfloat16, on
+          v5e:2x2: 7.6 of 15.75 GiB a chip; depth=101 on v5e:2x4: 6.7 (docs/scale.md).
 
 Data:     leftImg8bit and gtFine in `data/cityscapes` (or --config.data.root=DIR), the latter with
           the *_labelTrainIds.png that csCreateTrainIdLabelImgs of cityscapesscripts makes. The
