@@ -37,26 +37,10 @@ def newest_state(
     """
     damaged: dict[int, checkpoint.Unreadable] = {}
     for step in reversed(steps):
-        state: TrainState | None = None
-        failure: checkpoint.Unreadable | None = None
-        for pause in (*_PAUSES, None):
-            if state is None:
-                try:
-                    state = _state(manager.directory, step, config, source, target)
-                except checkpoint.Unreadable as error:
-                    failure = error
-            failures = cluster.exchange('' if state is not None else str(failure))
-            if all(failures) or not any(failures):
-                break
-            which = next(i for i, text in enumerate(failures) if text)
-            if pause is None:
-                raise PassingError(
-                    f'process {which} cannot read what others can: {failures[which]}'
-                )
-            time.sleep(pause)  # a shared disk may show it to some processes later
-        if state is None:
-            assert failure is not None
-            damaged[step] = failure
+        try:
+            state = _read_by_all(manager.directory, step, config, source, target)
+        except checkpoint.Unreadable as error:
+            damaged[step] = error
             continue
         for other, why in damaged.items():
             name = checkpoint.set_aside(manager, other)
@@ -65,9 +49,25 @@ def newest_state(
     raise next(iter(damaged.values()))
 
 
-def _state(path: Any, step: int, config: ConfigDict, source: Source, target: Any) -> TrainState:
-    check_resume(checkpoint.read_meta(path, step), config, source, path / str(step))
-    return checkpoint.restore(path, step, target)
+def _read_by_all(path: Any, step: int, config: ConfigDict, source: Source, target: Any) -> Any:
+    """The state, once all processes have read it; raises Unreadable where none of them can."""
+    state, failure = None, checkpoint.Unreadable()
+    for pause in (*_PAUSES, None):
+        if state is None:
+            try:
+                check_resume(checkpoint.read_meta(path, step), config, source, path / str(step))
+                state = checkpoint.restore(path, step, target)
+            except checkpoint.Unreadable as error:
+                failure = error
+        failures = cluster.exchange('' if state is not None else str(failure))
+        if not any(failures):
+            return state
+        if all(failures):
+            raise failure
+        if pause is not None:
+            time.sleep(pause)  # a shared disk may show it to some processes later
+    which = next(i for i, text in enumerate(failures) if text)
+    raise PassingError(f'process {which} cannot read what others can: {failures[which]}')
 
 
 def check_resume(meta: dict[str, Any], config: ConfigDict, source: Source, where: Any) -> None:
