@@ -26,7 +26,8 @@ Expect:   published validation mIoU / pixel accuracy (semseg's README), by slidi
 
 Fits:     as it stands on one card of 80 GB: 43.7 GiB of an H100 as compiled. depth=101 needs
           bfloat16 there: 39.6 of 59.3 GiB, where float32 takes 60.2. Of TPUs, in bfloat16, on
-          v5e:2x2: 7.6 of 15.75 GiB a chip; depth=101 on v5e:2x4: 6.7 (docs/scale.md).
+          one v5e chip: 14.7 of 15.75 GiB; v5e:2x2 has 7.6 a chip, v5e:2x4 6.7 at depth=101
+          (docs/scale.md).
 
 Data:     leftImg8bit and gtFine in `data/cityscapes` (or --config.data.root=DIR), the latter with
           the *_labelTrainIds.png that csCreateTrainIdLabelImgs of cityscapesscripts makes. The
