@@ -24,8 +24,8 @@ Expect:   published validation mIoU / pixel accuracy (semseg's README), by slidi
           `--mode eval --config.eval.protocol=semseg`.
 
 Fits:     as it stands on one card of 80 GB: 19.3 GiB of an H100 as compiled, 34.7 at depth=101. Of
-          TPUs, in bfloat16, v5e:2x4 was compiled: 2.0 of 15.75 GiB a chip, 3.4 at depth=101
-          (docs/scale.md); one v5e chip takes ADE20K's recipe, which needs more.
+          TPUs, in bfloat16, on one v5e chip: 9.5 of 15.75 GiB; v5e:2x4 has 2.0 a chip, 3.4 at
+          depth=101 (docs/scale.md).
 
 Data:     VOCdevkit/VOC2012 in `data/voc2012` (or --config.data.root=DIR), and within it the labels
           of the Semantic Boundaries Dataset as SegmentationClassAug/*.png. Palette PNGs are fine.
