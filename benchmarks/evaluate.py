@@ -26,10 +26,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from psp_jax.config import resolve
+from psp_jax.inference.protocols import blocks
 from psp_jax.model import pspnet
 from psp_jax.model.resample import resize
 from psp_jax.predict import Predictor
-from psp_jax.protocols import blocks
 from psp_jax.state import init_variables, jit_for_one_call
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.markdown import with_table
-from psp_jax.topology import GIB
+from psp_jax.dry_run.topology import GIB
 
 BF16 = '--config.dtype=bfloat16'
 

@@ -23,7 +23,7 @@ from typing import Any
 def work(path: str, words: list[str]) -> int:
     """Runs the command line; what happens goes to `path`."""
     from psp_jax import main as command
-    from psp_jax import processes
+    from psp_jax.runtime import preemption
 
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
@@ -45,14 +45,15 @@ def work(path: str, words: list[str]) -> int:
         record(log)  # imports take seconds, in which SIGTERM should be heard
 
     _replace(command, 'exit_code', exit_code)
-    _replace(processes, 'start', start)
+    _replace(preemption, 'start', start)
     return command.main(words)
 
 
 def record(log: Callable[..., None]) -> None:
     """Has the training loop tell of steps and their examples, compiling, saves and evaluations."""
-    from psp_jax import checkpoint, processes, train
+    from psp_jax import train
     from psp_jax.data.pipeline import example_index
+    from psp_jax.runtime import checkpoint, preemption
 
     ready: deque = deque()  # batches that were read and have not been trained on
     step = 0
@@ -115,7 +116,7 @@ def record(log: Callable[..., None]) -> None:
     _replace(train, 'train_batches', train_batches)
     _replace(train, 'compile_step', lambda original, *args: Step(original(*args)))
     _replace(checkpoint, 'save', save)
-    _replace(processes, 'leaving_is_safe', leaving_is_safe)
+    _replace(preemption, 'leaving_is_safe', leaving_is_safe)
 
 
 def _replace(module: Any, name: str, function: Callable[..., Any]) -> None:

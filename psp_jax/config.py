@@ -18,8 +18,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from psp_jax.config_check import as_text, check_values, parsed, typed
 from psp_jax.errors import UserError
-from psp_jax.legal import as_text, check_values, parsed, typed
 
 # Keys that a resumed run may change, since none of them has a part in what the parameters become.
 # `total_steps` is not among them: the learning rate's decay is a function of it.

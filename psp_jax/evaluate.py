@@ -15,26 +15,19 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from psp_jax import (
-    checkpoint,
-    cluster,
-    html_report,
-    inference,
-    losses,
-    metrics,
-    processes,
-    protocols,
-    report,
-)
+from psp_jax import losses, metrics
 from psp_jax.data.labels import IGNORE, label_space, stored_ids
 from psp_jax.data.pipeline import holds_classes, read_ahead
 from psp_jax.data.sources import Source, check_source, make_source
 from psp_jax.errors import UserError
-from psp_jax.inference import Example
+from psp_jax.inference import protocols
+from psp_jax.inference.programs import TILE, Example, make_batches, make_programs, overlap, tiles
 from psp_jax.mesh import local_mesh, put_batch, replicated
 from psp_jax.model import pspnet
+from psp_jax.model.geometry import Size
 from psp_jax.predict import Predictor, labels_png
-from psp_jax.protocols import Size
+from psp_jax.report import console, html, pictures
+from psp_jax.runtime import checkpoint, cluster, preemption
 from psp_jax.state import restore_variables
 
 
@@ -94,7 +87,7 @@ def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> 
     mesh = local_mesh(config.mesh.data, config.mesh.space)
     names = label_space(config.data.classes).names
     share = range(jax.process_index(), source.length, jax.process_count())
-    programs = inference.make_programs(config, model, mesh)
+    programs = make_programs(config, model, mesh)
     score_tile = programs.on_tile(score)
 
     def read(number: int) -> tuple[int, np.ndarray, np.ndarray]:
@@ -109,10 +102,10 @@ def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> 
         blocks = [example.block for example in batch]
         fields = programs.fields(variables, blocks)
         outputs = []
-        for tile in inference.tiles(blocks, programs):
-            labels = np.full((programs.batch, *inference.TILE), IGNORE, np.uint8)
+        for tile in tiles(blocks, programs):
+            labels = np.full((programs.batch, *TILE), IGNORE, np.uint8)
             for row, example in enumerate(batch):
-                inside, outside = inference.overlap(example.block, tile.place)
+                inside, outside = overlap(example.block, tile.place)
                 labels[row][inside] = example.label[outside]
             outputs.append((tile.place, score_tile(fields, tile, put_batch(labels, mesh))))
         return outputs
@@ -132,7 +125,7 @@ def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> 
                     result.loss += float(loss[row])
                     result.count += int(count[row])
                     if predict:
-                        inside, outside = inference.overlap(block, place)
+                        inside, outside = overlap(block, place)
                         result.panel.prediction[outside] = prediction[0][row][inside]
                 result.blocks -= 1
                 if not result.blocks:
@@ -141,7 +134,7 @@ def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> 
         # Pictures at all scales take much more memory than images: few are ahead.
         examples = read_ahead(prepare, read_ahead(read, numbers, config.data.threads), 2)
         unread = None
-        for batch in inference.make_batches(examples, programs.batch):
+        for batch in make_batches(examples, programs.batch):
             outputs = dispatch(variables, batch)
             if unread:
                 yield from collect(*unread)  # while the devices work on the next batch
@@ -174,12 +167,12 @@ def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> 
         confusion = np.zeros((len(names), len(names)), np.int64)
         each = np.zeros(source.length)
         loss, count = np.float64(0), np.int64(0)
-        hidden = not report.on_terminal()
+        hidden = not console.on_terminal()
         with tqdm(
             total=len(share), desc='evaluating', unit='image', disable=hidden, leave=False
         ) as bar:
             for result in scored(local(variables), share, predict=write is not None):
-                processes.still_alive(config.hang_seconds)
+                preemption.still_alive(config.hang_seconds)
                 confusion += result.confusion
                 loss, count = loss + result.loss, count + result.count
                 labelled = result.confusion.any()
@@ -240,8 +233,8 @@ def write_result(result: Result, workdir: str, config: ConfigDict) -> np.ndarray
         np.save(file, result.confusion)
     if not result.panels:
         return None
-    picture = report.draw_panels(list(result.panels.values()), label_space(config.data.classes))
-    report.write_png(f'{folder}/panels.png', picture)
+    picture = pictures.draw_panels(list(result.panels.values()), label_space(config.data.classes))
+    pictures.write_png(f'{folder}/panels.png', picture)
     return picture
 
 
@@ -264,19 +257,17 @@ def write_html(
         'network': f'PSPNet-{config.model.depth}, bins {config.model.bins}, {config.dtype}',
         'protocol': f'{scores["protocol"]}, scales {scales}, {flip}, {sizes}',
         'data': f'{scores["images"]} images of {scores["split"]!r}, {config.data[scores["split"]]}',
-        'time': f'{time.strftime("%Y-%m-%d %H:%M")}, {report.duration(scores["seconds"])}',
+        'time': f'{time.strftime("%Y-%m-%d %H:%M")}, {console.duration(scores["seconds"])}',
         'devices': devices,
         'versions': f'jax {jax.__version__}, numpy {np.__version__}',
     }
 
     shown = [
-        html_report.Shown(title, source.names(number)[0], result.each[number], *panel)
+        html.Shown(title, source.names(number)[0], result.each[number], *panel)
         for title, found in panels.items()
         for number, panel in found.items()
     ]
-    text = html_report.render(
-        scores, result.confusion, shown, label_space(config.data.classes), facts
-    )
+    text = html.render(scores, result.confusion, shown, label_space(config.data.classes), facts)
     with tf.io.gfile.GFile(f'{folder}/report.html', 'w') as file:
         file.write(text)
 
@@ -340,8 +331,8 @@ def evaluate_checkpoint(
     # While the run goes on, another process may have found another one.
     step = int(multihost_utils.broadcast_one_to_all(np.asarray(step)))
     config = config or checkpoint.config_of(path, step, overrides)
-    processes.still_alive(config.hang_seconds)
-    report.say('\n'.join(processes.table()))
+    preemption.still_alive(config.hang_seconds)
+    console.say('\n'.join(preemption.table()))
     folder, where = folder_of(workdir, step, config), path / str(step)
     try:
         tf.io.gfile.makedirs(folder)
@@ -359,9 +350,9 @@ def evaluate_checkpoint(
     write = prediction_writer(source, folder, config) if saves else None
     if write and not labelled:
         predict_split(config, variables, source, write)
-        report.say(f'{source.length} predictions written to {folder}/predictions')
+        console.say(f'{source.length} predictions written to {folder}/predictions')
         return
-    report.say(
+    console.say(
         f'evaluating {where} on {source.length} images of {config.eval.split!r} by protocol '
         f'{config.eval.protocol}'
     )
@@ -373,8 +364,8 @@ def evaluate_checkpoint(
     if jax.process_index() == 0:
         panels = {title: {n: found[n] for n in numbers} for title, numbers in chosen.items()}
         write_html(result, panels, source, str(where), folder, config)
-    report.say(report.class_table(result.scores))
-    report.say(f'{report.headline(result.scores)}\nwritten to {folder}')
+    console.say(console.class_table(result.scores))
+    console.say(f'{console.headline(result.scores)}\nwritten to {folder}')
 
 
 def predict_split(
@@ -390,7 +381,7 @@ def predict_split(
     # As a split with labels is scored, whatever the size of its images.
     found = Predictor(config, variables, piece=float('inf')).stream(images)
     for number, _, prediction in tqdm(
-        found, total=len(share), desc='predicting', unit='image', disable=not report.on_terminal()
+        found, total=len(share), desc='predicting', unit='image', disable=not console.on_terminal()
     ):
-        processes.still_alive(config.hang_seconds)
+        preemption.still_alive(config.hang_seconds)
         write(number, prediction)

@@ -11,13 +11,14 @@ import jax.export
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from psp_jax import checkpoint, report
 from psp_jax.command_line import whole_file
 from psp_jax.errors import UserError
 from psp_jax.import_weights import as_options, semseg_name, to_torch
 from psp_jax.model import pspnet
+from psp_jax.model.geometry import crop_size
 from psp_jax.model.resample import resize
-from psp_jax.protocols import crop_size
+from psp_jax.report import console
+from psp_jax.runtime import checkpoint
 from psp_jax.state import restore_variables
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')  # that one program is for
@@ -61,7 +62,7 @@ def export_weights(workdir: str, which: str, output: str) -> None:
     metadata = {'format': 'pt', 'psp_jax': json.dumps(options)}
     with whole_file(output) as unfinished:
         safetensors.numpy.save_file(tensors, unfinished, metadata=metadata)
-    report.say(f'{len(tensors)} arrays of {path / str(step)} written to {output}')
+    console.say(f'{len(tensors)} arrays of {path / str(step)} written to {output}')
 
 
 def export_program(
@@ -83,7 +84,7 @@ def export_program(
     with whole_file(output) as unfinished, open(unfinished, 'wb') as file:
         file.write(exported.serialize())
     (images,), (logits,) = exported.in_avals, exported.out_avals
-    report.say(
+    console.say(
         f'{path / str(step)} written to {output}: {images.str_short()} -> {logits.str_short()} '
         f'on {", ".join(exported.platforms)}'
     )

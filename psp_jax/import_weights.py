@@ -20,10 +20,10 @@ from ml_collections import ConfigDict
 
 from psp_jax.command_line import Parser, exit_code, quieten_libraries, split_overrides
 from psp_jax.config import flatten, load_config, to_json
+from psp_jax.config_check import as_text
 from psp_jax.errors import UserError
-from psp_jax.legal import as_text
-from psp_jax.weight_files import Arrays, is_checkpoint, read_file
-from psp_jax.weight_formats import COUNTERS, FORMATS, LEAVES, OURS, Format
+from psp_jax.weights.files import Arrays, is_checkpoint, read_file
+from psp_jax.weights.formats import COUNTERS, FORMATS, LEAVES, OURS, Format
 
 HEADS = ('pyramid', 'head', 'aux_head')  # what a backbone's weights leave fresh
 
@@ -240,7 +240,7 @@ def _from_tensors(
 def _from_checkpoint(
     source: str, config: ConfigDict, wanted: dict[str, Any], skipped: set[str]
 ) -> Weights:
-    from psp_jax import checkpoint
+    from psp_jax.runtime import checkpoint
 
     path, step = checkpoint.find_in(source)
     saved = checkpoint.config_of(path, step)
@@ -322,7 +322,7 @@ def run(argv: Sequence[str]) -> None:
     source = f'--config.init_from={",".join(flags.sources)}'
     config = load_config(flags.config, [*overrides, source])
     quieten_libraries()
-    from psp_jax import checkpoint
+    from psp_jax.runtime import checkpoint
 
     folder = checkpoint.directory(flags.output)
     if folder.exists() and any(folder.iterdir()):
@@ -341,8 +341,8 @@ def initial_variables(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
     """`params` and `batch_stats` from `config.init_from`, what it lacks fresh; and the report."""
     import jax
 
-    from psp_jax.checkpoint import named_leaves
     from psp_jax.model import pspnet
+    from psp_jax.runtime.checkpoint import named_leaves
     from psp_jax.state import enable_float64, init_variables
 
     enable_float64(config)
@@ -365,7 +365,7 @@ def replace(variables: Any, arrays: Arrays) -> Any:
     """`variables` with the named arrays in place of its own, on the same devices."""
     import jax
 
-    from psp_jax.checkpoint import named_leaves
+    from psp_jax.runtime.checkpoint import named_leaves
 
     leaves = [
         jax.device_put(arrays[name], leaf.sharding) if name in arrays else leaf

@@ -10,10 +10,10 @@ import numpy as np
 from jax import lax
 
 from psp_jax.data.labels import IGNORE
+from psp_jax.model.geometry import STRIDE
 from psp_jax.model.resample import apply_matrices
 
 ROWS = 32  # of the full resolution, held as float logits at a time
-STRIDE = 8  # rows of the full resolution to a row of logits
 
 
 def map_row_blocks(

@@ -9,8 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from psp_jax import processes
 from psp_jax.command_line import Parser, exit_code, quieten_libraries, split_overrides
+from psp_jax.runtime import preemption
 
 FLAGS = (
     *('--config', '--workdir', '--mode', '--checkpoint'),
@@ -139,7 +139,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return flags, overrides
 
 
-@processes.told_to_all()
+@preemption.told_to_all()
 def run(argv: Sequence[str]) -> None:
     """Does what the flags say; raises UserError for what is the user's to mend."""
     flags, overrides = parse_flags(argv)
@@ -155,18 +155,18 @@ def run(argv: Sequence[str]) -> None:
 
     quieten_libraries()
     if flags.mode in ('train', 'eval'):
-        processes.start(flags.coordinator_address, flags.num_processes, flags.process_id)
+        preemption.start(flags.coordinator_address, flags.num_processes, flags.process_id)
     else:
-        processes.alone()
+        preemption.alone()
     which = flags.checkpoint or 'latest'
     if config is not None and flags.mode == 'train':
         from psp_jax import train
 
         train.train_and_evaluate(config, workdir, name)
     elif config is not None and flags.mode == 'dry_run':
-        from psp_jax import dry_run
+        from psp_jax.dry_run import examine
 
-        dry_run.dry_run(config, name, flags.topology, flags.output)
+        examine.dry_run(config, name, flags.topology, flags.output)
     elif flags.mode == 'eval':
         from psp_jax import evaluate
 
@@ -185,8 +185,8 @@ def run(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line, or in a Python session `argv`, and returns the exit code."""
-    with processes.listening(for_good=argv is None):
-        return processes.ended(lambda: exit_code(run, argv))
+    with preemption.listening(for_good=argv is None):
+        return preemption.ended(lambda: exit_code(run, argv))
 
 
 if __name__ == '__main__':

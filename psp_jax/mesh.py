@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from psp_jax.data.labels import IGNORE
 from psp_jax.errors import UserError
-from psp_jax.losses import STRIDE
+from psp_jax.model.geometry import STRIDE
 
 CUT_IN_HEIGHT = ('image', 'label')  # arrays [B, H, W, ...] of a training batch
 _REACH = 4  # rows that layer4's dilated convolution looks to each side: the most of the network

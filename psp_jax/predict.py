@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from psp_jax import checkpoint, inference, protocols, report
 from psp_jax.command_line import whole_file
 from psp_jax.config import flatten, resolve
 from psp_jax.data.decode import read_image
@@ -26,10 +25,21 @@ from psp_jax.data.labels import LabelSpace, label_space, palette
 from psp_jax.data.pipeline import read_ahead
 from psp_jax.data.sources import PICTURES
 from psp_jax.errors import UserError
-from psp_jax.inference import Example, Programs
+from psp_jax.inference import protocols
+from psp_jax.inference.programs import (
+    Example,
+    Programs,
+    make_batches,
+    make_programs,
+    overlap,
+    tiles,
+)
+from psp_jax.inference.protocols import Block
 from psp_jax.mesh import local_mesh
 from psp_jax.model import pspnet
-from psp_jax.protocols import Block, Size
+from psp_jax.model.geometry import Size
+from psp_jax.report import console, pictures
+from psp_jax.runtime import checkpoint
 from psp_jax.state import restore_variables
 
 K = TypeVar('K')
@@ -99,10 +109,10 @@ class Predictor:
                 yield [Example(number, image, None, block, len(found)) for block in found]
 
         size = local_mesh(self.config.mesh.data, self.config.mesh.space).size
-        for batch in inference.make_batches(blocks(), size):
+        for batch in make_batches(blocks(), size):
             for example, place, tile in self._tiles(batch, scores is not None):
                 _, _, ids, array = waiting[example.number]
-                inside, outside = inference.overlap(example.block, place)
+                inside, outside = overlap(example.block, place)
                 if array is not None:
                     array[outside] = tile[inside]
                     tile = tile.argmax(-1)
@@ -130,7 +140,7 @@ class Predictor:
             mesh = local_mesh(config.mesh.data, config.mesh.space)
             if protocol not in protocols.SLIDING:  # one image a device: more may not come
                 config = resolve(flatten(config) | {'eval.batch_size': mesh.size})
-            made = inference.make_programs(config, pspnet.build(config), mesh)
+            made = make_programs(config, pspnet.build(config), mesh)
             ids = made.on_tile(lambda p: jnp.argmax(p, -1).astype(jnp.uint8))
             self._made[protocol] = made, ids, made.on_tile(lambda p: p)
         return self._made[protocol]
@@ -144,7 +154,7 @@ class Predictor:
         blocks = [example.block for example in batch]
         fields = programs.fields(self._variables, blocks)
         unread = None
-        for tile in [*inference.tiles(blocks, programs), None]:
+        for tile in [*tiles(blocks, programs), None]:
             running = (tile.place, fn(fields, tile)) if tile else None
             if unread:
                 values = np.asarray(unread[1])
@@ -309,7 +319,7 @@ def draw_overlay(image: np.ndarray, ids: np.ndarray, space: LabelSpace) -> np.nd
     present = np.unique(ids).tolist()
     width = max(blended.shape[1], 160)
     blended = np.pad(blended, ((0, 0), (0, width - blended.shape[1]), (0, 0)), constant_values=255)
-    return np.concatenate([blended, report.legend(present, space, width)])
+    return np.concatenate([blended, pictures.legend(present, space, width)])
 
 
 def predict_checkpoint(
@@ -328,9 +338,9 @@ def predict_checkpoint(
     path, step = checkpoint.find(workdir, which)
     config = config or checkpoint.config_of(path, step, overrides)
     names = find_images(images, output)
-    report.say(f'{path / str(step)} on {len(names)} pictures by protocol {config.eval.protocol}')
+    console.say(f'{path / str(step)} on {len(names)} pictures by protocol {config.eval.protocol}')
     predictor = Predictor(config, restore_variables(config, path, step))
     bad = predict_images(predictor, names, output, probabilities)
-    report.say(f'{len(names) - len(bad)} label maps and overlays written to {output}')
+    console.say(f'{len(names) - len(bad)} label maps and overlays written to {output}')
     if bad:
         raise UserError(f'{len(bad)} of {len(names)} pictures could not be read: {"; ".join(bad)}')

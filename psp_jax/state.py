@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from psp_jax import checkpoint
 from psp_jax.mesh import local_mesh, on_devices
 from psp_jax.model.pspnet import PSPNet, build
+from psp_jax.runtime import checkpoint
 
 
 @flax.struct.dataclass

@@ -11,16 +11,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from psp_jax import (
-    checkpoint,
-    cluster,
-    evaluate,
-    import_weights,
-    optimizer,
-    processes,
-    report,
-    resume,
-)
+from psp_jax import evaluate, import_weights, optimizer
 from psp_jax.config import to_json
 from psp_jax.data.pipeline import example_index, train_batches
 from psp_jax.data.sources import Source, check_source, make_source
@@ -37,8 +28,11 @@ from psp_jax.mesh import (
     split_images,
 )
 from psp_jax.model import pspnet
+from psp_jax.model.geometry import crop_size
 from psp_jax.model.resample import resize_matrix
-from psp_jax.protocols import crop_size
+from psp_jax.report import console
+from psp_jax.report.writer import Skips, Writer
+from psp_jax.runtime import checkpoint, cluster, preemption, resume
 from psp_jax.state import (
     TrainState,
     create_state,
@@ -128,14 +122,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     """
     # ---- Devices
     enable_float64(config)
-    processes.still_alive(config.hang_seconds)
+    preemption.still_alive(config.hang_seconds)
     mesh = make_mesh(config.mesh.data, config.batch_size, config.mesh.space)
     check_cut(crop_size(config)[0], mesh)
-    report.say(
+    console.say(
         f'psp_jax {name}: {mesh.size} {jax.devices()[0].platform} device(s), '
         f'{jax.process_count()} process(es), workdir {workdir}'
     )
-    report.say('\n'.join(processes.table()))
+    console.say('\n'.join(preemption.table()))
 
     # ---- Data: bad files are found before anything is compiled
     source, eval_source = (make_source(config.data, s) for s in ('train', config.eval.split))
@@ -143,13 +137,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     check_source(eval_source)
     if not evaluate.can_be_scored(eval_source, config.data.threads):
         raise UserError(f'data.{config.eval.split}: no label holds a class; set another eval.split')
-    report.say(
+    console.say(
         f'data: {source.length} training images, {eval_source.length} of '
         f'{config.eval.split!r}; {config.total_steps} steps of {config.batch_size} are '
         f'{config.total_steps * config.batch_size / source.length:.1f} epochs{note}'
     )
     if config.batch_size != config.optimizer.recipe_batch_size:
-        report.say(
+        console.say(
             f"note: batch_size {config.batch_size} is not the recipe's "
             f'{config.optimizer.recipe_batch_size}: learning rate and batch statistics differ'
         )
@@ -158,7 +152,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     model = pspnet.build(config)
     params = jax.eval_shape(lambda: init_variables(model, config.seed))['params']
     tx = optimizer.make_optimizer(params, config.optimizer)
-    report.say(optimizer.table(params, config.optimizer))
+    console.say(optimizer.table(params, config.optimizer))
     make_state = jit_for_one_call(
         lambda: create_state(model, tx, config.seed), out_shardings=replicated(mesh)
     )
@@ -167,12 +161,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     # ---- A run that was interrupted goes on
     manager = checkpoint.open_manager(workdir, config.checkpoint_keep)
     checkpoint.check_shared(manager)
-    processes.wait_for(manager.wait_until_finished)
+    preemption.wait_for(manager.wait_until_finished)
     first, steps = 0, resume.saved_steps(manager)
     if steps and steps[-1]:
         target = on_devices(jax.eval_shape(make_state), mesh)
         first, state = resume.newest_state(manager, steps, config, source, target)
-        report.say(f'continuing from step {first} of {manager.directory / str(first)}')
+        console.say(f'continuing from step {first} of {manager.directory / str(first)}')
     elif steps:
         raise UserError(
             f'--workdir={workdir} holds imported weights: to start from them, set '
@@ -185,21 +179,21 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
         )
         weights = import_weights.load(config.init_from, config, wanted)
         state = import_weights.replace(make_state(), weights.arrays)
-        report.say('init_from: ' + '; '.join(weights.report))
+        console.say('init_from: ' + '; '.join(weights.report))
     else:
         state = make_state()
     scored = due(first, config) and manager.metrics(first) is not None
     # As the first process sees it: others would wait for scores that nobody makes.
     evaluated = not due(first, config) or bool(cluster.exchange('scored' if scored else '')[0])
     if first == config.total_steps and evaluated:
-        report.say(f'step {first} is the last: the run is finished')
+        console.say(f'step {first} is the last: the run is finished')
         manager.close()
         return state
 
     # ---- The loop. Order matters: a step is dispatched before the last one's scalars are read, so
     # that the device never waits for the host; and a state is saved only once its own scalars are
     # known to be finite.
-    writer = report.Writer(workdir, first, evaluated)
+    log = Writer(workdir, first, evaluated)
     batches = train_batches(
         source,
         config,
@@ -207,8 +201,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    speed, interval = report.Speed(), []
-    skips = report.Skips(workdir, first * config.batch_size)
+    speed, interval = console.Speed(), []
+    skips = Skips(workdir, first * config.batch_size)
 
     def batch_of(step: int) -> Any:
         """The batch of a step on the devices; nothing is read after the last step."""
@@ -236,20 +230,20 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
             'data_wait': wait,
         }
         interval.clear()
-        writer.scalars(step, means)
-        report.say(report.step_line(step, config.total_steps, means))
+        log.scalars(step, means)
+        console.say(console.step_line(step, config.total_steps, means))
 
     def keep(step: int, state: TrainState) -> None:
         meta = {'config': to_json(config), 'examples': source.length, 'versions': versions()}
-        with processes.saving():
+        with preemption.saving():
             checkpoint.save(manager, step, state, meta)
 
     def score(step: int, state: TrainState) -> None:
         """Evaluates a step that is saved, or about to be: nothing is lost where this ends."""
-        with processes.leaving_is_safe():
+        with preemption.leaving_is_safe():
             variables = {'params': state.params, 'batch_stats': state.batch_stats}
             result = evaluator.evaluate(variables, step)
-            report_evaluation(result, workdir, writer, config)
+            report_evaluation(result, workdir, log, config)
             checkpoint.add_metrics(manager, step, result.scores, config.checkpoint_keep)
         speed.reset()
 
@@ -263,10 +257,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
         batch = batch_of(first + 1)
         start = time.perf_counter()
         step_fn = compile_step(mesh, model, tx, config).lower(state, batch).compile()
-        report.say(f'compiled in {report.duration(time.perf_counter() - start)}')
+        console.say(f'compiled in {console.duration(time.perf_counter() - start)}')
         speed.reset()
         for step in range(first + 1, config.total_steps + 1):
-            stopped = processes.stops_before(step)
+            stopped = preemption.stops_before(step)
             if stopped:
                 if unread:
                     read(*unread)
@@ -280,7 +274,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
             if unread:
                 read(*unread)
             unread = step, scalars
-            processes.still_alive(config.hang_seconds)
+            preemption.still_alive(config.hang_seconds)
 
             if due(step, config) or step % config.checkpoint_every == 0:
                 read(*unread)
@@ -294,11 +288,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
             manager.wait_until_finished()  # raises what went wrong in the last save
         finally:
             manager.close()
-            writer.close()
+            log.close()
     if stopped:
-        processes.leave()
+        preemption.leave()
     if skipped := skips.summary():
-        report.say(skipped)
+        console.say(skipped)
     return state
 
 
@@ -318,13 +312,13 @@ def not_finite(step: int, loss: float, source: Source, config: ConfigDict) -> st
 
 
 def report_evaluation(
-    result: evaluate.Result, workdir: str, writer: report.Writer, config: ConfigDict
+    result: evaluate.Result, workdir: str, writer: Writer, config: ConfigDict
 ) -> None:
     """Files, the table and TensorBoard for one evaluation during training."""
     scores = result.scores
     picture = evaluate.write_result(result, workdir, config)
-    report.say(report.class_table(scores))
-    report.say(f'step {scores["step"]}  {report.headline(scores)}')
+    console.say(console.class_table(scores))
+    console.say(f'step {scores["step"]}  {console.headline(scores)}')
     names = ('mIoU', 'mIoU_all', 'mAcc', 'allAcc', 'loss')
     writer.scalars(scores['step'], {f'{scores["split"]}/{name}': scores[name] for name in names})
     if picture is not None:

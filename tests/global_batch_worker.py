@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from psp_jax import optimizer
-from psp_jax.checkpoint import named_leaves
 from psp_jax.config import default_config
 from psp_jax.mesh import make_mesh, put_batch, replicated
 from psp_jax.model import pspnet
+from psp_jax.runtime.checkpoint import named_leaves
 from psp_jax.state import create_state, enable_float64, init_variables, jit_for_one_call
 from psp_jax.train import compile_step
 

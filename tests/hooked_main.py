@@ -28,8 +28,9 @@ from hashlib import sha256
 
 import jax
 
-from psp_jax import checkpoint, cluster, evaluate, metrics, processes, resume, train
+from psp_jax import evaluate, metrics, train
 from psp_jax.main import main
+from psp_jax.runtime import checkpoint, cluster, preemption, resume
 
 
 def hook(hooks, name, module, function, make):
@@ -111,7 +112,7 @@ def install(hooks):
     hook(hooks, 'slow_save', checkpoint, 'save', slow('saving'))
     hook(hooks, 'slow_report', evaluate, 'write_result', slow('reporting'))
     hook(hooks, 'slow_reload', checkpoint.ocp.CheckpointManager, 'reload', slow('looking'))
-    hook(hooks, 'slow_join', processes, 'start', late)
+    hook(hooks, 'slow_join', preemption, 'start', late)
 
     def unreadable(restore, times):
         left = [FileNotFoundError('lost')] * times
@@ -143,7 +144,7 @@ def install(hooks):
     )
     hook(hooks, 'elsewhere', checkpoint, '_SHARED_DISKS_TAKE', lambda *_: 2)
     hook(hooks, 'patience', cluster, 'INITIALIZATION_TIMEOUT', lambda _, seconds: seconds)
-    hook(hooks, 'joining', processes, '_JOINING', lambda _, seconds: seconds)
+    hook(hooks, 'joining', preemption, '_JOINING', lambda _, seconds: seconds)
     hook(hooks, 'heartbeat', cluster, 'HEARTBEAT_TIMEOUT', lambda _, seconds: seconds)
     hook(hooks, 'hang_at', train, 'compile_step', at_step(lambda: time.sleep(99)))
     killed = at_step(lambda: os.kill(os.getpid(), signal.SIGKILL))

@@ -9,12 +9,13 @@ import jax
 import numpy as np
 from global_batch_worker import BATCH, STEPS, batch_of_step, config_of_test
 
-from psp_jax import evaluate, optimizer, processes
-from psp_jax.checkpoint import named_leaves
+from psp_jax import evaluate, optimizer
 from psp_jax.data.sources import Source
 from psp_jax.main import parse_flags
 from psp_jax.mesh import make_mesh, put_batch, replicated
 from psp_jax.model import pspnet
+from psp_jax.runtime import preemption
+from psp_jax.runtime.checkpoint import named_leaves
 from psp_jax.state import create_state, enable_float64, init_variables, jit_for_one_call
 from psp_jax.train import compile_step
 
@@ -34,7 +35,7 @@ def pictures():
 
 def main(output, words):
     flags, _ = parse_flags(['--config', 'configs/scenes.py', *words])
-    processes.start(flags.coordinator_address, flags.num_processes, flags.process_id)
+    preemption.start(flags.coordinator_address, flags.num_processes, flags.process_id)
     config = config_of_test()
     config.eval.batch_size = 3
     enable_float64(config)
@@ -58,7 +59,7 @@ def main(output, words):
         arrays = {k: np.asarray(v.addressable_data(0)) for k, v in named_leaves(state).items()}
         found = {'losses': losses, 'confusion': result.confusion, 'each': result.each}
         np.savez(output, devices=jax.device_count(), **found, **arrays)
-    print('\n'.join(processes.table()))
+    print('\n'.join(preemption.table()))
 
 
 if __name__ == '__main__':

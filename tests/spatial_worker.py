@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from psp_jax import optimizer
-from psp_jax.checkpoint import named_leaves
 from psp_jax.config import apply_overrides, check_config, default_config
 from psp_jax.mesh import (
     cut_images,
@@ -31,6 +30,7 @@ from psp_jax.mesh import (
     split_images,
 )
 from psp_jax.model import layers, pspnet, resnet
+from psp_jax.runtime.checkpoint import named_leaves
 from psp_jax.state import create_state, enable_float64, init_variables
 from psp_jax.train import compile_step
 

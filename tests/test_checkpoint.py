@@ -7,8 +7,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from psp_jax import checkpoint
 from psp_jax.errors import PassingError, UserError
+from psp_jax.runtime import checkpoint
 from psp_jax.state import TrainState
 
 META = {'config': '{"seed": 0}', 'versions': {'jax': '0'}}

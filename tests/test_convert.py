@@ -17,7 +17,9 @@ from PIL import Image
 from psp_jax import main
 from psp_jax.command_line import exit_code
 from psp_jax.config import load_config
-from psp_jax.data import convert, converted, decode
+from psp_jax.data import decode
+from psp_jax.data.convert import __main__ as convert
+from psp_jax.data.convert import converted
 from psp_jax.data.labels import label_space, label_table, palette
 from psp_jax.data.sources import make_source
 from psp_jax.errors import UserError

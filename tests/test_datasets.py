@@ -22,7 +22,8 @@ from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
 from psp_jax.command_line import exit_code
-from psp_jax.data import check, convert
+from psp_jax.data.check import __main__ as check
+from psp_jax.data.convert import __main__ as convert
 from psp_jax.data.labels import label_space
 from psp_jax.datasets import __main__, common, voc2012
 from psp_jax.datasets.ade20k import Ade20k

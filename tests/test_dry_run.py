@@ -16,15 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import scale
-from psp_jax import costs, dry_run, dry_run_text, inference, protocols, topology
 from psp_jax.config import resolve
+from psp_jax.dry_run import costs, examine, text, topology
+from psp_jax.dry_run.topology import GIB, Machine
 from psp_jax.errors import UserError
+from psp_jax.inference import protocols
+from psp_jax.inference.programs import make_programs
 from psp_jax.main import main
 from psp_jax.mesh import local_mesh, make_mesh, on_devices, replicated, split_batch
 from psp_jax.model import pspnet
 from psp_jax.model.layers import conv
 from psp_jax.state import init_variables
-from psp_jax.topology import GIB, Machine
 
 SMALL = {
     'batch_size': 8,
@@ -215,9 +217,9 @@ def test_the_bytes_of_a_device_add_up_and_decide_whether_it_fits():
 
     arguments = on_devices((shaped(1000), shaped(1000)), local_mesh(1))
     traced = jax.jit(fn, donate_argnums=0).trace(*arguments)
-    parts = {'parameters': dry_run.bytes_on_device(arguments)}
+    parts = {'parameters': examine.bytes_on_device(arguments)}
     extra = {'next_batch': 12}
-    found = dry_run.examine(traced, HERE, parts, extra)
+    found = examine.examine(traced, HERE, parts, extra)
     memory = traced.lower().compile().memory_analysis()
     assert found['bytes']['parameters'] == 2 * 4 * 1000
     expected = memory.argument_size_in_bytes + memory.output_size_in_bytes
@@ -226,8 +228,8 @@ def test_the_bytes_of_a_device_add_up_and_decide_whether_it_fits():
     total = found['bytes']['total']
     assert total == expected == sum(v for k, v in found['bytes'].items() if k != 'total')
     assert found['fits']
-    assert dry_run.examine(traced, HERE._replace(memory=total), parts, extra)['fits']
-    assert not dry_run.examine(traced, HERE._replace(memory=total - 1), parts, extra)['fits']
+    assert examine.examine(traced, HERE._replace(memory=total), parts, extra)['fits']
+    assert not examine.examine(traced, HERE._replace(memory=total - 1), parts, extra)['fits']
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,7 @@ def test_a_program_that_the_compiler_finds_too_large_is_a_result(message, expect
         jaxpr=jax.make_jaxpr(lambda x: x @ x)(shaped(3, 3)),
         lower=lambda: SimpleNamespace(compile=compile),
     )
-    found = dry_run.examine(traced, HERE, {'parameters': 5}, {})
+    found = examine.examine(traced, HERE, {'parameters': 5}, {})
     assert not found['fits'] and found['flops'] == 54
     assert found['bytes']['total'] == (expected and round(expected))
     assert found['message'] == message.partition('\n')[0]
@@ -263,8 +265,8 @@ def test_a_program_that_the_compiler_finds_too_large_is_a_result(message, expect
 def test_parameters_are_counted_as_the_network_has_them():
     config = resolve(SMALL)
     variables = jax.eval_shape(lambda: init_variables(pspnet.build(config), 0))
-    run = dry_run.plan(config, HERE)
-    found = dry_run.describe(run, 'small', None)
+    run = examine.plan(config, HERE)
+    found = examine.describe(run, 'small', None)
     assert found['parameters'] == sum(x.size for x in jax.tree.leaves(variables['params']))
     assert {x.shape for x in jax.tree.leaves(run.state.opt_state)} == {
         x.shape for x in jax.tree.leaves(variables['params'])
@@ -276,7 +278,7 @@ def test_a_split_array_takes_its_part_of_each_device():
     rows = 4 * jax.device_count()
     whole = jax.ShapeDtypeStruct((rows, 3), jnp.float32, sharding=replicated(mesh))
     split = jax.ShapeDtypeStruct((rows, 3), jnp.uint8, sharding=split_batch(mesh))
-    assert dry_run.bytes_on_device([whole, split]) == rows * 3 * 4 + 4 * 3
+    assert examine.bytes_on_device([whole, split]) == rows * 3 * 4 + 4 * 3
 
 
 # ---- Estimates
@@ -284,14 +286,14 @@ def test_a_split_array_takes_its_part_of_each_device():
 
 def test_the_estimate_is_cycles_over_clock():
     machine = HERE._replace(peak=2e12, clock=1e9)
-    found = dry_run.speed({'flops': 8e9, 'cycles': 5_000_000}, 16, 4, machine)
+    found = examine.speed({'flops': 8e9, 'cycles': 5_000_000}, 16, 4, machine)
     # 5 ms; 2 GFLOP on each of 4 devices in 5 ms are 0.4 TFLOP/s of 2
     assert found['flops_per_image'] == 5e8
     assert found['estimate']['seconds'] == pytest.approx(5e-3)
     assert found['estimate']['images_per_second'] == pytest.approx(3200)
     assert found['estimate']['share_of_peak'] == pytest.approx(0.2)
-    assert 'estimate' not in dry_run.speed({'flops': 8e9, 'cycles': None}, 16, 4, machine)
-    assert 'estimate' not in dry_run.speed({'flops': 8e9, 'cycles': 1}, 16, 4, HERE)
+    assert 'estimate' not in examine.speed({'flops': 8e9, 'cycles': None}, 16, 4, machine)
+    assert 'estimate' not in examine.speed({'flops': 8e9, 'cycles': 1}, 16, 4, HERE)
 
 
 # ---- What is compiled
@@ -308,9 +310,7 @@ def test_the_arguments_in_evaluation_are_those_of_real_images(protocol):
         seen.append((images.shape, None if sizes is None else sizes.shape))
         return jnp.zeros((len(images), *(-(-n // 8) for n in images.shape[1:3]), 10)), None
 
-    programs = inference.make_programs(
-        config, SimpleNamespace(apply=apply, classes=10), local_mesh(1)
-    )
+    programs = make_programs(config, SimpleNamespace(apply=apply, classes=10), local_mesh(1))
     blocks = protocols.blocks(np.zeros((80, 130, 3), np.uint8), config, 10)
     programs.fields({}, blocks)
     real = seen.copy()
@@ -331,7 +331,7 @@ def test_the_arguments_in_evaluation_are_those_of_real_images(protocol):
     ],
 )
 def test_the_size_of_an_image_in_evaluation(changes, size):
-    assert dry_run.image_size(resolve(SMALL | changes))[0] == size
+    assert examine.image_size(resolve(SMALL | changes))[0] == size
 
 
 @pytest.mark.parametrize('protocol', ['whole', 'mmseg', 'mmseg_slide'])
@@ -343,22 +343,20 @@ def test_no_image_in_evaluation_leads_to_a_larger_input(protocol, height, ratio)
         views = protocols.views(size, config)
         return max(math.prod(protocols.window_shape(view, config)) for view in views)
 
-    assert area((height, round(height * ratio))) <= area(dry_run.image_size(config)[0])
+    assert area((height, round(height * ratio))) <= area(examine.image_size(config)[0])
 
 
 def test_the_first_batch_is_read_where_the_data_are(photographs):
     data = {'data.root': str(photographs), 'data.train': 'train.txt'}
-    found = dry_run.read_batch(resolve(SMALL | data))
+    found = examine.read_batch(resolve(SMALL | data))
     assert found['read'] and found['images'] == 5 and found['shape'] == [8, 65, 65, 3]
-    assert dry_run_text.data_line(found).startswith(
-        'data: 5 training images; the first batch, 8 x 65'
-    )
+    assert text.data_line(found).startswith('data: 5 training images; the first batch, 8 x 65')
 
 
 def test_data_that_are_not_there_are_no_error():
-    found = dry_run.read_batch(resolve(SMALL | {'data.root': 'nowhere', 'data.train': 'train.txt'}))
+    found = examine.read_batch(resolve(SMALL | {'data.root': 'nowhere', 'data.train': 'train.txt'}))
     assert not found['read']
-    line = dry_run_text.data_line(found)
+    line = text.data_line(found)
     assert line == 'data: not there to be tried (nowhere/train.txt does not exist)'
 
 
@@ -390,14 +388,14 @@ EVALUATION = FIGURES | {
 @pytest.fixture
 def figures(monkeypatch):
     """Puts figures in the place of those of compiled programs."""
-    monkeypatch.setattr(dry_run, 'train_report', lambda *_: dict(FIGURES))
-    monkeypatch.setattr(dry_run, 'evaluate_report', lambda *_: dict(EVALUATION))
+    monkeypatch.setattr(examine, 'train_report', lambda *_: dict(FIGURES))
+    monkeypatch.setattr(examine, 'evaluate_report', lambda *_: dict(EVALUATION))
     monkeypatch.setattr(topology, 'machine', lambda name: HERE._replace(remark='so it is'))
 
 
 def test_the_json_has_the_figures_that_are_printed(figures, tmp_path, capsys):
     output = tmp_path / 'figures.json'
-    dry_run.dry_run(resolve(SMALL), 'small', None, str(output))
+    examine.dry_run(resolve(SMALL), 'small', None, str(output))
     found = json.loads(output.read_text())
     lines = capsys.readouterr().out.splitlines()
     assert found['train'] == FIGURES and found['evaluate'] == EVALUATION
@@ -426,7 +424,7 @@ def test_the_json_has_the_figures_that_are_printed(figures, tmp_path, capsys):
 
 def test_a_file_that_cannot_be_written_is_an_error_of_the_users(figures, tmp_path):
     with pytest.raises(UserError, match='cannot be written'):
-        dry_run.dry_run(resolve(SMALL), 'small', None, str(tmp_path / 'no' / 'figures.json'))
+        examine.dry_run(resolve(SMALL), 'small', None, str(tmp_path / 'no' / 'figures.json'))
 
 
 def test_the_tables_of_the_docs_are_those_of_the_results():
@@ -483,7 +481,7 @@ def test_a_missing_compiler_is_told_with_the_way_to_install_it(name, extra, monk
 def test_a_batch_that_does_not_divide_over_the_devices_is_an_error():
     devices = [SimpleNamespace(process_index=i // 4, device_kind='a') for i in range(12)]
     with pytest.raises(UserError, match='batch_size=8 does not divide over mesh.data=12'):
-        dry_run.plan(resolve(SMALL), HERE._replace(devices=devices))
+        examine.plan(resolve(SMALL), HERE._replace(devices=devices))
 
 
 @pytest.mark.parametrize(

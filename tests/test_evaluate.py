@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from several import LITTLE_OPTIMISATION, free_port
 
-from psp_jax import protocols
 from psp_jax.config import default_config
 from psp_jax.data.pipeline import holds_classes
 from psp_jax.data.sources import Source
-from psp_jax.inference import Example, make_batches
+from psp_jax.inference import protocols
+from psp_jax.inference.programs import Example, make_batches
 from psp_jax.model import pspnet
 from psp_jax.state import enable_float64, init_variables, jit_for_one_call
 

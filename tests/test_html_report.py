@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from psp_jax.data.labels import LabelSpace, label_space
-from psp_jax.html_report import Shown, render
 from psp_jax.metrics import scores as scores_of
+from psp_jax.report.html import Shown, render
 
 NASTY = '<b>&"'
 VOID = {'meta', 'link', 'img', 'br'}

@@ -11,12 +11,13 @@ import pytest
 import safetensors.numpy
 from parity import cases, golden, our_side
 
-from psp_jax import checkpoint, import_weights
+from psp_jax import import_weights
 from psp_jax.command_line import exit_code
 from psp_jax.errors import UserError
 from psp_jax.main import main
 from psp_jax.main import run as main_run
 from psp_jax.model import pspnet
+from psp_jax.runtime import checkpoint
 from psp_jax.state import init_variables
 
 # ---- Names, written down from the other code bases' files and independent of weight_formats.py

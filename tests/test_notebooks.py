@@ -33,7 +33,6 @@ from PIL import Image
 from test_import_weights import backbone_of, classifier, renamed, semseg
 from test_tfds_source import NAMES, prepare, write_pets
 
-from psp_jax import weight_files
 from psp_jax.config import default_config, flatten, load_config, resolve
 from psp_jax.data.decode import read_image
 from psp_jax.data.labels import label_space
@@ -42,6 +41,7 @@ from psp_jax.datasets.__main__ import make_builder
 from psp_jax.errors import UserError
 from psp_jax.main import parse_flags
 from psp_jax.predict import load
+from psp_jax.weights import files
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / 'notebooks'
@@ -257,7 +257,7 @@ def test_weights_that_cannot_be_had_are_replaced_by_random_ones(monkeypatch, cap
     def download(source):
         raise UserError(f'{source}: cannot be downloaded')
 
-    monkeypatch.setattr(weight_files, '_download', download)
+    monkeypatch.setattr(files, '_download', download)
     names = {'config': 'configs/pets.py:depth=18', 'load_config': load_config}
     imagenet = names | {'WEIGHTS': 'imagenet'}
     exec(cell(read('pets'), 'weights').source, imagenet)

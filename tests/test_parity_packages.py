@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from parity import cases, our_side
 
-from psp_jax import checkpoint, import_weights
+from psp_jax import import_weights
 from psp_jax.model import pspnet
 from psp_jax.model.resnet import ResNet
+from psp_jax.runtime import checkpoint
 from psp_jax.state import init_variables, jit_for_one_call
 
 torch = pytest.importorskip('torch', reason='PyTorch is not installed; make test-torch installs it')

@@ -15,9 +15,9 @@ import pytest
 from several import flags_of_processes
 from test_resume import arrays_in
 
-from psp_jax import cluster
 from psp_jax.command_line import NOT_JOINED, PREEMPTED
 from psp_jax.data.pipeline import example_index
+from psp_jax.runtime import cluster
 
 ROOT = Path(__file__).parents[1]
 STOPPED = 'psp_jax: stopped by SIGTERM; run the same command again'

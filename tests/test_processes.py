@@ -11,10 +11,10 @@ import pytest
 from conftest import made_once
 from several import LITTLE_OPTIMISATION, flags_of_processes, free_port
 
-from psp_jax import processes
 from psp_jax.command_line import PREEMPTED
 from psp_jax.errors import UserError
 from psp_jax.main import main
+from psp_jax.runtime import preemption
 
 ROOT = Path(__file__).parents[1]
 
@@ -143,6 +143,6 @@ def test_modes_of_one_process_refuse_to_be_many(capsys):
 def test_environment_variables_stand_for_the_flags(monkeypatch):
     monkeypatch.setenv('JAX_NUM_PROCESSES', 'many')
     with pytest.raises(UserError, match='JAX_NUM_PROCESSES=many: must be a number'):
-        processes.start(None, None, None)
+        preemption.start(None, None, None)
     monkeypatch.setenv('JAX_NUM_PROCESSES', '1')
-    processes.start(None, None, None)  # alone
+    preemption.start(None, None, None)  # alone

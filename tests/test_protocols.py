@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from jax import monitoring
 from test_evaluate import batch_stats_after
 
-from psp_jax import protocols
 from psp_jax.config import resolve
 from psp_jax.data.sources import Source
 from psp_jax.evaluate import make_evaluator
+from psp_jax.inference import protocols
 from psp_jax.model import pspnet
 from psp_jax.predict import Predictor
 from psp_jax.state import init_variables, jit_for_one_call

@@ -2,7 +2,7 @@
 
 import json
 
-from psp_jax.report import Skips
+from psp_jax.report.writer import Skips
 
 
 def test_a_run_takes_back_later_skips_of_all_its_processes(tmp_path, capsys):

@@ -21,7 +21,8 @@ def drive(words, log, kill_at=0, finished=True):
     At the checkpoint of step `kill_at` it kills itself with SIGKILL: once the checkpoint is
     `finished`, or else while it is being written. Returns the exit code.
     """
-    from psp_jax import checkpoint, train
+    from psp_jax import train
+    from psp_jax.runtime import checkpoint
 
     train_batches, save = train.train_batches, checkpoint.save
 

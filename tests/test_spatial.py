@@ -15,8 +15,8 @@ from several import LITTLE_OPTIMISATION, free_port
 from test_losses import loss_by_numpy
 
 from psp_jax.config import default_config, flatten
+from psp_jax.config_check import check_values
 from psp_jax.errors import UserError
-from psp_jax.legal import check_values
 from psp_jax.losses import map_row_phases, segmentation_loss
 from psp_jax.mesh import check_cut, make_mesh
 from psp_jax.model.resample import resize_matrix

@@ -12,11 +12,11 @@ from psp_jax.errors import UserError
 
 
 def test_without_pytorch_the_error_says_what_to_install(monkeypatch, tmp_path):
-    from psp_jax import weight_files
+    from psp_jax.weights import files
 
     monkeypatch.setitem(sys.modules, 'torch', None)
     with pytest.raises(UserError, match='pip install "torch>=2.6"'):
-        weight_files.read_torch(str(tmp_path / 'x.pth'))
+        files.read_torch(str(tmp_path / 'x.pth'))
 
 
 class Remark:
@@ -52,9 +52,9 @@ def state_dict(torch):
 
 
 def assert_read(path):
-    from psp_jax import weight_files
+    from psp_jax.weights import files
 
-    found, _ = weight_files.read_torch(str(path))
+    found, _ = files.read_torch(str(path))
     assert list(found) == ['a.weight', 'a.half', 'a.num_batches_tracked']
     np.testing.assert_array_equal(found['a.weight'], np.arange(6).reshape(2, 3))
     assert found['a.half'].dtype == np.float32
@@ -99,25 +99,25 @@ def test_a_checkpoint_of_mmsegmentations_own_training(torch, tmp_path):
     ],
 )
 def test_mmsegmentations_files_tell_whether_corners_are_aligned(torch, tmp_path, meta, stated):
-    from psp_jax import weight_files
+    from psp_jax.weights import files
 
     torch.save({'meta': meta, 'state_dict': state_dict(torch)}, tmp_path / 'x.pth')
-    _, found = weight_files.read_file(str(tmp_path / 'x.pth'))
+    _, found = files.read_file(str(tmp_path / 'x.pth'))
     assert found == ({} if stated is None else {'model.align_corners': stated})
 
 
 @pytest.mark.torch
 def test_tensors_that_are_not_plain(torch, tmp_path):
-    from psp_jax import weight_files
+    from psp_jax.weights import files
 
     torch.save({'a': torch.ones(3).to_sparse()}, tmp_path / 'x.pth')
     with pytest.raises(UserError, match='a is not a plain dense tensor'):
-        weight_files.read_torch(str(tmp_path / 'x.pth'))
+        files.read_torch(str(tmp_path / 'x.pth'))
 
 
 @pytest.mark.torch
 def test_code_in_a_file_never_runs(torch, tmp_path):
-    from psp_jax import weight_files
+    from psp_jax.weights import files
 
     mark = tmp_path / 'it ran'
     calls = {
@@ -129,7 +129,7 @@ def test_code_in_a_file_never_runs(torch, tmp_path):
         path = tmp_path / 'x.pth'
         torch.save({'state_dict': state_dict(torch), 'extra': call}, path)
         with pytest.raises(UserError) as caught:
-            weight_files.read_torch(str(path))
+            files.read_torch(str(path))
         message = str(caught.value)
         assert str(path) in message and name in message and '\n' not in message
         assert not mark.exists()
@@ -137,7 +137,7 @@ def test_code_in_a_file_never_runs(torch, tmp_path):
 
 @pytest.mark.torch
 def test_files_that_are_broken_or_hold_something_else(torch, tmp_path):
-    from psp_jax import weight_files
+    from psp_jax.weights import files
 
     path = tmp_path / 'x.pth'
     torch.save(state_dict(torch), path)
@@ -145,9 +145,9 @@ def test_files_that_are_broken_or_hold_something_else(torch, tmp_path):
     for content in (whole[:-300], whole[: len(whole) // 2], b'', b'no pickle'):
         path.write_bytes(content)
         with pytest.raises(UserError, match='cannot be read as a PyTorch file') as caught:
-            weight_files.read_torch(str(path))
+            files.read_torch(str(path))
         assert '\n' not in str(caught.value)
     for content in (torch.nn.Linear(2, 2), {'epoch': 3}, [1]):
         torch.save(content, path)
         with pytest.raises(UserError, match='not a state dict'):
-            weight_files.read_torch(str(path))
+            files.read_torch(str(path))

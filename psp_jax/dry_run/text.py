@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from psp_jax.report import duration
+from psp_jax.report.console import duration
 
 
 def heading(result: dict[str, Any]) -> str:

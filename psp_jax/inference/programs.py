@@ -16,19 +16,19 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
-from psp_jax.mesh import put_batch, split_batch
-from psp_jax.model import pspnet
-from psp_jax.model.layers import strided
-from psp_jax.model.resample import apply_taps, resize
-from psp_jax.protocols import (
+from psp_jax.inference.protocols import (
     AVERAGES_PROBABILITIES,
     MIRRORS,
     SLIDING,
     Block,
-    Size,
     flips,
     needs_sizes,
 )
+from psp_jax.mesh import put_batch, split_batch
+from psp_jax.model import pspnet
+from psp_jax.model.geometry import Size
+from psp_jax.model.layers import strided
+from psp_jax.model.resample import apply_taps, resize
 
 TILE = (128, 1024)  # pixels of an image whose probabilities a device computes at a time
 Variables = Any

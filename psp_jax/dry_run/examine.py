@@ -18,26 +18,20 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from psp_jax import (
-    costs,
-    dry_run_text,
-    inference,
-    mesh,
-    optimizer,
-    protocols,
-    report,
-    topology,
-    train,
-)
+from psp_jax import mesh, optimizer, train
 from psp_jax.command_line import whole_file
 from psp_jax.data.labels import label_space
 from psp_jax.data.pipeline import train_batches
 from psp_jax.data.sources import make_source
+from psp_jax.dry_run import costs, text, topology
+from psp_jax.dry_run.topology import GIB, Machine
 from psp_jax.errors import PassingError, UserError
+from psp_jax.inference import protocols
+from psp_jax.inference.programs import make_programs
 from psp_jax.model import pspnet
-from psp_jax.protocols import Size
+from psp_jax.model.geometry import Size, crop_size
+from psp_jax.report import console
 from psp_jax.state import TrainState, create_state, enable_float64, init_variables
-from psp_jax.topology import GIB, Machine
 
 UNITS = {'K': 2**10, 'M': 2**20, 'G': GIB, 'T': 2**40}
 
@@ -70,17 +64,17 @@ def dry_run(config: ConfigDict, name: str, where: str | None, output: str | None
     enable_float64(config)
     run = plan(config, machine)
     result = describe(run, name, where)
-    report.say(dry_run_text.heading(result))
+    console.say(text.heading(result))
     result['data'] = read_batch(config)
-    report.say(dry_run_text.data_line(result['data']))
+    console.say(text.data_line(result['data']))
     result['train'] = train_report(run)
     result['evaluate'] = evaluate_report(run)
     result['fits'] = result['train']['fits'] and result['evaluate']['fits']
-    report.say(dry_run_text.table(result))
+    console.say(text.table(result))
     if output:
         with whole_file(output) as unfinished, open(unfinished, 'w') as file:
             file.write(json.dumps(result, indent=1) + '\n')
-        report.say(f'written to {output}')
+        console.say(f'written to {output}')
 
 
 # ---- Figures
@@ -93,7 +87,7 @@ def plan(config: ConfigDict, machine: Machine) -> Run:
     """
     devices = list(machine.devices)
     grid = mesh.make_mesh(config.mesh.data, config.batch_size, config.mesh.space, devices)
-    mesh.check_cut(protocols.crop_size(config)[0], grid)
+    mesh.check_cut(crop_size(config)[0], grid)
     model = pspnet.build(config)
     params = jax.eval_shape(lambda: init_variables(model, config.seed))['params']
     tx = optimizer.make_optimizer(params, config.optimizer)
@@ -121,7 +115,7 @@ def describe(run: Run, name: str, where: str | None) -> dict[str, Any]:
         'classes': len(label_space(config.data.classes).names),
         'dtype': config.dtype,
         'batch_size': config.batch_size,
-        'crop': list(protocols.crop_size(config)),
+        'crop': list(crop_size(config)),
         'parameters': sum(x.size for x in jax.tree.leaves(run.state.params)),
         'versions': {lib: installed[lib] for lib in libraries if lib in installed},
     }
@@ -131,7 +125,7 @@ def train_report(run: Run) -> dict[str, Any]:
     """The training step's figures: see `examine`."""
     config, grid = run.config, run.mesh
     state = mesh.on_devices(run.state, grid)
-    height, width = protocols.crop_size(config)
+    height, width = crop_size(config)
     place = mesh.split_images(grid)
     size = config.batch_size, mesh.padded_height(height, grid), width
     batch = {
@@ -159,7 +153,7 @@ def evaluate_report(run: Run) -> dict[str, Any]:
     config, machine, model, state = run.config, run.machine, run.model, run.state
     host = topology.of_one_host(machine.devices)
     local = mesh.local_mesh(config.mesh.data, config.mesh.space, host)
-    programs = inference.make_programs(config, model, local)
+    programs = make_programs(config, model, local)
     size, reason = image_size(config)
     views = protocols.views(size, config)
     shapes = {protocols.window_shape(view, config) for view in views}
@@ -224,7 +218,7 @@ def image_size(config: ConfigDict) -> tuple[Size, str]:
         ), 'the longest image that the protocol has at eval.base_size'
     if side:
         return (side, side), 'a square of eval.base_size: the largest input it leads to'
-    return protocols.crop_size(config), 'the training crop, since eval.base_size is 0'
+    return crop_size(config), 'the training crop, since eval.base_size is 0'
 
 
 def bytes_on_device(tree: Any) -> int:

@@ -6,10 +6,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from psp_jax import checkpoint, cluster, report
 from psp_jax.config import from_json, resume_differences
 from psp_jax.data.sources import Source
 from psp_jax.errors import PassingError, UserError
+from psp_jax.report import console
+from psp_jax.runtime import checkpoint, cluster
 from psp_jax.state import TrainState
 
 _PAUSES = (5, 25)  # seconds
@@ -44,7 +45,7 @@ def newest_state(
             continue
         for other, why in damaged.items():
             name = checkpoint.set_aside(manager, other)
-            report.say(f'skipped, and renamed to {name}: {why}')
+            console.say(f'skipped, and renamed to {name}: {why}')
         return step, state
     raise next(iter(damaged.values()))
 

@@ -18,8 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from psp_jax.command_line import Parser, exit_code, quieten_libraries, split_overrides
-from psp_jax.data.converted import list_line
-from psp_jax.data.faults import (
+from psp_jax.data.check.faults import (
     NONE,
     NOTES,
     Finding,
@@ -32,6 +31,7 @@ from psp_jax.data.faults import (
     read_split,
     totals,
 )
+from psp_jax.data.convert.converted import list_line
 from psp_jax.data.labels import IGNORE, label_space, palette
 from psp_jax.data.sources import Source, joined, root_of
 from psp_jax.errors import UserError
@@ -111,7 +111,7 @@ def show(source: Source, bad: set[int], config: ConfigDict, folder: str) -> int:
     A picture has the augmented image, its label in colours, and their legend.
     """
     from psp_jax.data.pipeline import example_index, train_batches
-    from psp_jax.report import legend, write_png
+    from psp_jax.report.pictures import legend, write_png
 
     blank = np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8)
     good = source._replace(read=lambda i: blank if i in bad else source.read(i))

@@ -32,9 +32,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from psp_jax import cluster
 from psp_jax.command_line import PREEMPTED, disk_is_full
 from psp_jax.errors import PassingError, UserError
+from psp_jax.runtime import cluster
 
 _POLL = 0.25  # seconds between looks at what the other processes say
 _ECHO = 1  # second within which another SIGTERM is the same one: a shell and a cluster both send it

@@ -30,10 +30,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from psp_jax.command_line import Parser, exit_code
-from psp_jax.data.annotations import class_name
-from psp_jax.data.converted import Write, claimed, list_line, listed
-from psp_jax.data.faults import some
-from psp_jax.data.formats import FORMATS, Plan
+from psp_jax.data.check.faults import some
+from psp_jax.data.convert.annotations import class_name
+from psp_jax.data.convert.converted import Write, claimed, list_line, listed
+from psp_jax.data.convert.formats import FORMATS, Plan
 from psp_jax.data.labels import label_space, palette
 from psp_jax.errors import UserError
 

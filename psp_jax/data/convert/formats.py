@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from psp_jax.data import annotations
-from psp_jax.data.annotations import IGNORED, Shape, Size, class_name
-from psp_jax.data.converted import list_line
+from psp_jax.data.check.faults import some
+from psp_jax.data.convert import annotations
+from psp_jax.data.convert.annotations import IGNORED, Shape, Size, class_name
+from psp_jax.data.convert.converted import list_line
 from psp_jax.data.decode import exists, is_passing, read_bytes, read_image, try_again
-from psp_jax.data.faults import some
 from psp_jax.data.labels import IGNORE, label_space
 from psp_jax.data.sources import PICTURES
 from psp_jax.errors import PassingError, UserError

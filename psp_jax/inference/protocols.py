@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 from ml_collections import ConfigDict
 
+from psp_jax.model.geometry import STRIDE, Size, cells, crop_size
 from psp_jax.model.resample import Taps, resize_taps
 
 SLIDING = ('semseg', 'caffe', 'mmseg_slide')
@@ -26,7 +27,6 @@ AVERAGES_PROBABILITIES = ('semseg', 'caffe')  # of windows; the others average l
 MIRRORS = ('semseg', 'caffe')  # by themselves, in each window; the others with eval.flip=true
 MMSEG_LONG_SIDE = 2048  # pixels; mmsegmentation's Resize(scale=(2048, ...)) of its data sets
 CANVAS_BYTES = 3 * 2**30  # of float32 scores that a device holds at a time, for one image
-Size = tuple[int, int]
 
 
 class Axis(NamedTuple):
@@ -46,12 +46,6 @@ class View(NamedTuple):
     mirror: bool  # the picture is the image's mirror image
     rows: Axis
     columns: Axis
-
-
-def crop_size(config: ConfigDict) -> Size:
-    """The training crop, which is the size of windows."""
-    crop = config.data.crop
-    return (crop, crop) if isinstance(crop, int) else tuple(crop)
 
 
 def flips(config: ConfigDict) -> bool:
@@ -77,7 +71,7 @@ def view(size: Size, scale: float, mirror: bool, config: ConfigDict) -> View:
     seen = seen_size(size, scale, config)
     if protocol not in SLIDING:
         rows, columns = (
-            Axis((0,), full_taps(-(-seen[i] // 8), seen[i], size[i], align_corners)) for i in (0, 1)
+            Axis((0,), full_taps(cells(seen[i]), seen[i], size[i], align_corners)) for i in (0, 1)
         )
         lead, padded, window = (0, 0), seen, seen
     else:
@@ -130,7 +124,9 @@ def seen_size(size: Size, scale: float, config: ConfigDict) -> Size:
         # The nearest size that the stride meets at both edges: 8n + 1, or 8n.
         extra = 1 if config.model.align_corners else 0
         factor = scale * base / max(size) if base else scale
-        seen = tuple(max(round((side * factor - extra) / 8), 1) * 8 + extra for side in size)
+        seen = tuple(
+            max(round((side * factor - extra) / STRIDE), 1) * STRIDE + extra for side in size
+        )
         return seen[0], seen[1]
     if protocol in ('mmseg', 'mmseg_slide'):
         factor = min(mmseg_long_side(base) / max(size), base / min(size)) if base else 1.0
@@ -303,7 +299,7 @@ def canvas_size(view: View, config: ConfigDict) -> Size:
     """The shape that the scores of a view lie on: few for many sizes of images."""
     if config.eval.protocol not in SLIDING:
         height, width = window_shape(view, config)
-        return -(-height // 8), -(-width // 8)
+        return cells(height), cells(width)
     crop = crop_size(config)
     height, width = max(view.padded[0], crop[0]), max(view.padded[1], crop[1])
     if config.eval.protocol == 'mmseg_slide' or not config.eval.base_size:

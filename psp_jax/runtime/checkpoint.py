@@ -23,9 +23,9 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from psp_jax import cluster
 from psp_jax.config import from_json
 from psp_jax.errors import PASSING_TEXTS, PassingError, UserError
+from psp_jax.runtime import cluster
 
 
 class Unreadable(UserError):
