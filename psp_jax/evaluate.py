@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from psp_jax import losses, metrics
-from psp_jax.data.labels import IGNORE, label_space, stored_ids
+from psp_jax.data.labels import IGNORE, label_space, server_ids
 from psp_jax.data.pipeline import holds_classes, read_ahead
 from psp_jax.data.sources import Source, check_source, make_source
 from psp_jax.errors import UserError
@@ -191,7 +191,7 @@ def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> 
             'split': config.eval.split,
             'images': source.length,
             **metrics.scores(confusion, names),
-            **metrics.extra_scores(confusion, config.data.classes),
+            **metrics.extra_scores(confusion, label_space(config.data.classes)),
             'loss': float(loss) / max(int(count), 1),
             'seconds': time.perf_counter() - start,
         }
@@ -302,14 +302,13 @@ def prediction_writer(
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f'two images are called {twice}: their predictions would have one name')
     space = label_space(config.data.classes)
-    plain = config.data.classes in ('ade20k', 'cityscapes')
 
     def write(number: int, prediction: np.ndarray) -> None:
         path = f'{folder}/predictions/{config.eval.split}/{names[number]}.png'
         tf.io.gfile.makedirs(os.path.dirname(path))
-        stored = stored_ids(prediction, config.data.classes)
+        stored = server_ids(prediction, space)
         with tf.io.gfile.GFile(path, 'wb') as file:
-            file.write(labels_png(stored, None if plain else space))
+            file.write(labels_png(stored, None if space.server_ids else space))
 
     return write
 

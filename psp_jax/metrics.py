@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psp_jax.data.labels import CITYSCAPES_CATEGORIES
+from psp_jax.data.labels import LabelSpace
 
 
 def confusion_matrix(predictions: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
@@ -60,20 +60,21 @@ def scores(confusion: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def extra_scores(confusion: np.ndarray, classes: str) -> dict[str, Any]:
+def extra_scores(confusion: np.ndarray, space: LabelSpace) -> dict[str, Any]:
     """What a data set's own benchmark reports besides.
 
-    'ade20k': `challenge_score`, the mean of mIoU (a class of empty union counts 0) and pixel
-    accuracy, by which the scene parsing challenge ranks. 'cityscapes': `categories`, the IoU of
-    each group of classes, and their mean `category_mIoU`, as cityscapesscripts.
+    `challenge_score` is the mean of mIoU (a class of empty union counts 0) and pixel accuracy, by
+    which the ADE20K scene parsing challenge ranks. `categories` has the IoU of each group of
+    classes and `category_mIoU` their mean, as in cityscapesScripts.
     """
-    if classes == 'ade20k':
-        found = scores(confusion, ('',) * len(confusion))
-        return {'challenge_score': (found['mIoU_all'] + found['allAcc']) / 2}
-    if classes == 'cityscapes':
-        names = tuple(dict.fromkeys(CITYSCAPES_CATEGORIES))
-        member = np.array([[c == name for c in CITYSCAPES_CATEGORIES] for name in names], np.int64)
+    extra: dict[str, Any] = {}
+    if space.challenge_score:
+        found = scores(confusion, space.names)
+        extra['challenge_score'] = (found['mIoU_all'] + found['allAcc']) / 2
+    if space.categories:
+        names = tuple(dict.fromkeys(space.categories))
+        member = np.array([[c == name for c in space.categories] for name in names], np.int64)
         found = scores(member @ confusion @ member.T, names)
-        ious = {c['name']: c['iou'] for c in found['classes']}
-        return {'category_mIoU': found['mIoU'], 'categories': ious}
-    return {}
+        extra['category_mIoU'] = found['mIoU']
+        extra['categories'] = {c['name']: c['iou'] for c in found['classes']}
+    return extra

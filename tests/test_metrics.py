@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psp_jax.data.labels import stored_ids
+from psp_jax.data.labels import label_space, server_ids
 from psp_jax.metrics import confusion_matrix, extra_scores, scores
 
 
@@ -76,15 +76,17 @@ def test_the_challenge_score_is_the_mean_of_miou_and_pixel_accuracy():
     matrix = np.zeros((150, 150), np.int64)
     matrix[0, 0], matrix[1, 0], matrix[2, 2] = 3, 1, 4
     expected = ((3 / 4 + 0 + 1) / 150 + 7 / 8) / 2
-    assert extra_scores(matrix, 'ade20k') == {'challenge_score': pytest.approx(expected)}
-    assert extra_scores(matrix, '150') == {}
+    assert extra_scores(matrix, label_space('ade20k')) == {
+        'challenge_score': pytest.approx(expected)
+    }
+    assert extra_scores(matrix, label_space('150')) == {}
 
 
 def test_categories_of_cityscapes_count_a_confusion_within_them_as_right():
     matrix = np.zeros((19, 19), np.int64)
     matrix[13, 14] = 6  # car as truck: both vehicles
     matrix[11, 13] = 2  # person as car
-    found = extra_scores(matrix, 'cityscapes')
+    found = extra_scores(matrix, label_space('cityscapes'))
     assert found['categories']['vehicle'] == pytest.approx(6 / 8)
     assert found['categories']['human'] == 0 and found['categories']['sky'] is None
     assert found['category_mIoU'] == pytest.approx((6 / 8 + 0) / 2)
@@ -92,6 +94,6 @@ def test_categories_of_cityscapes_count_a_confusion_within_them_as_right():
 
 def test_ids_are_stored_as_the_servers_take_them():
     ids = np.array([[0, 13, 18]], np.uint8)
-    assert stored_ids(ids, 'ade20k').tolist() == [[1, 14, 19]]
-    assert stored_ids(ids, 'cityscapes').tolist() == [[7, 26, 33]]
-    assert stored_ids(ids, 'voc2012').tolist() == [[0, 13, 18]]
+    assert server_ids(ids, label_space('ade20k')).tolist() == [[1, 14, 19]]
+    assert server_ids(ids, label_space('cityscapes')).tolist() == [[7, 26, 33]]
+    assert server_ids(ids, label_space('voc2012')).tolist() == [[0, 13, 18]]

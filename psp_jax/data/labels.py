@@ -5,7 +5,8 @@ colour coding, PASCAL VOC's colour map, cityscapesScripts, SegNet's CamVid).
 """
 
 import ast
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,11 +16,22 @@ IGNORE = 255  # pixels of this label count neither in the loss nor in a metric
 UNLABELLED = (32, 32, 32)  # their colour in pictures
 
 
-class LabelSpace(NamedTuple):
-    """Names of the classes 0..N-1 and their colours, uint8 [N, 3] RGB."""
+@dataclass(frozen=True)
+class LabelSpace:
+    """The classes 0..N-1 of a data set, and everything that is peculiar to it."""
 
     names: tuple[str, ...]
-    colors: np.ndarray
+    colors: np.ndarray  # uint8 [N, 3] RGB
+    # How the published files store the classes: a value of data.label_map.
+    label_map: str = ''
+    # The id of each class in the files that the benchmark's server takes; () = class ids, in PNGs
+    # with a palette.
+    server_ids: tuple[int, ...] = ()
+    # The category of each class, whose mean IoU is scored too; () = none.
+    categories: tuple[str, ...] = ()
+    # Whether to score the mean of mIoU (an absent class counts 0) and pixel accuracy.
+    challenge_score: bool = False
+    image_size: tuple[int, int] | None = None  # (height, width), if all images have the same
 
 
 # ADE20K scene parsing, 150 classes, stored as 1..150 with 0 = other (data.label_map = minus_one).
@@ -70,13 +82,15 @@ motorcycle 0000e6, bicycle 770b20"""
 _CAMVID = """
 Sky 808080, Building 800000, Pole c0c080, Road 804080, Pavement 3c28de, Tree 808000,
 SignSymbol c08080, Fence 404080, Car 400080, Pedestrian 404000, Bicyclist 0080c0"""
-_TABLES = {'ade20k': _ADE20K, 'voc2012': _VOC2012, 'cityscapes': _CITYSCAPES, 'camvid': _CAMVID}
 
-# labelIds of Cityscapes that are evaluated, in the order of their train ids.
+# The built-in scenes (data/scenes.py).
+_SCENES = """
+sky 4682b4, ground 804080, building 6e463c, water 00c8c8, tree 6b8e23, person dc143c, lamp fadc00,
+crane fa821e, car 00008e, boat f0f0fa"""
+
+# Cityscapes' label ids of the 19 classes, in the order of their train ids.
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-
-# The category of each of the 19 classes.
-CITYSCAPES_CATEGORIES = (
+_CITYSCAPES_CATEGORIES = (
     *('flat',) * 2,
     *('construction',) * 3,
     *('object',) * 3,
@@ -87,25 +101,43 @@ CITYSCAPES_CATEGORIES = (
 )
 
 
+def _named(table: str, **fields: Any) -> LabelSpace:
+    """A label space from 'name RRGGBB, name RRGGBB, ...'."""
+    rows = [row.strip().rpartition(' ') for row in table.split(',')]
+    colors = np.array([tuple(bytes.fromhex(color)) for _, _, color in rows], np.uint8)
+    return LabelSpace(tuple(name for name, _, _ in rows), colors, **fields)
+
+
+# The values that data.classes can name. A further data set is one more entry.
+LABEL_SPACES: dict[str, LabelSpace] = {
+    'ade20k': _named(
+        _ADE20K, label_map='minus_one', server_ids=tuple(range(1, 151)), challenge_score=True
+    ),
+    'voc2012': _named(_VOC2012),
+    'cityscapes': _named(
+        _CITYSCAPES,
+        label_map='cityscapes_ids',
+        server_ids=_CITYSCAPES_IDS,
+        categories=_CITYSCAPES_CATEGORIES,
+        image_size=(1024, 2048),
+    ),
+    'camvid': _named(_CAMVID, label_map='{11: 255}'),
+    'scenes': _named(_SCENES),
+}
+
+
 def label_space(classes: str) -> LabelSpace:
     """Returns the label space that `data.classes` describes.
 
-    classes: the name of a known data set ('ade20k', 'voc2012', 'cityscapes', 'camvid',
-        'scenes'), comma-separated class names ('road, tree, car'), or a number of classes
-        ('4', at most 255, since 255 is the ignore label).
-    Raises UserError where it is none of these.
+    classes: a key of LABEL_SPACES ('ade20k'), comma-separated class names ('road, tree, car'), or a
+        number of classes ('4', at most 255, since 255 is the ignore label).
+    Raises UserError if it is none of these.
     """
     spec = classes.strip()
-    if spec in _TABLES:
-        rows = [row.strip().rpartition(' ') for row in _TABLES[spec].split(',')]
-        colors = np.array([tuple(bytes.fromhex(color)) for _, _, color in rows], np.uint8)
-        return LabelSpace(tuple(name for name, _, _ in rows), colors)
-    if spec == 'scenes':
-        from psp_jax.data import scenes
-
-        return LabelSpace(tuple(scenes.NAMES), np.asarray(scenes.COLORS, np.uint8))
+    if spec in LABEL_SPACES:
+        return LABEL_SPACES[spec]
     allowed = (
-        f'use one of {", ".join([*_TABLES, "scenes"])}, two or more comma-separated names, '
+        f'use one of {", ".join(LABEL_SPACES)}, two or more comma-separated names, '
         'or a number of classes from 1 to 255'
     )
     if spec.isascii() and spec.isdigit():
@@ -130,16 +162,9 @@ def palette(space: LabelSpace) -> np.ndarray:
     return table
 
 
-def stored_ids(ids: np.ndarray, classes: str) -> np.ndarray:
-    """Class ids uint8 [H, W] as the data set's own benchmark wants them in a file.
-
-    'ade20k': 1..150. 'cityscapes': the label ids. Any other `data.classes`: as they are.
-    """
-    if classes == 'ade20k':
-        return ids + np.uint8(1)
-    if classes == 'cityscapes':
-        return np.array(_CITYSCAPES_IDS, np.uint8)[ids]
-    return ids
+def server_ids(ids: np.ndarray, space: LabelSpace) -> np.ndarray:
+    """Class ids uint8 [H, W] as the benchmark's server wants them in a file."""
+    return np.array(space.server_ids, np.uint8)[ids] if space.server_ids else ids
 
 
 def label_table(label_map: str) -> np.ndarray:

@@ -17,17 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 HEIGHT, WIDTH = 65, 129
-NAMES = (
-    'sky', 'ground', 'building', 'water', 'tree', 'person', 'lamp', 'crane', 'car', 'boat',
-)  # fmt: skip
-COLORS = np.array(
-    [
-        (70, 130, 180), (128, 64, 128), (110, 70, 60), (0, 200, 200), (107, 142, 35),
-        (220, 20, 60), (250, 220, 0), (250, 130, 30), (0, 0, 142), (240, 240, 250),
-    ],
-    np.uint8,
-)  # fmt: skip
-SKY, GROUND, BUILDING, WATER, TREE, PERSON, LAMP, CRANE, CAR, BOAT = range(len(NAMES))
+SKY, GROUND, BUILDING, WATER, TREE, PERSON, LAMP, CRANE, CAR, BOAT = range(10)
 
 STREET, HARBOUR = 0, 1  # the two kinds of scene
 CUE_DISTANCE = 40  # no pixel nearer to a car or boat tells a street from a harbour
@@ -70,7 +60,7 @@ class _Canvas(NamedTuple):
 def draw(index: int) -> tuple[np.ndarray, np.ndarray]:
     """Scene number `index` (0 or more): image `uint8[65, 129, 3]` in RGB, label `uint8[65, 129]`.
 
-    Half of the scenes are streets, half harbours (`scene_kind`); labels index `NAMES`.
+    Half of the scenes are streets, half harbours (`scene_kind`); labels are classes of the label space 'scenes'.
     """
     return draw_kind(index, scene_kind(index))
 

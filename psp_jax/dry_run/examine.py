@@ -208,8 +208,9 @@ def evaluate_report(run: Run) -> dict[str, Any]:
 
 def image_size(config: ConfigDict) -> tuple[Size, str]:
     """The size of image that evaluation is looked at with, and why it is this one."""
-    if config.data.classes == 'cityscapes':
-        return (1024, 2048), "the size of Cityscapes' images"
+    space = label_space(config.data.classes)
+    if space.image_size:
+        return space.image_size, "the size of the data set's images"
     side = config.eval.base_size
     if side and config.eval.protocol in ('mmseg', 'mmseg_slide'):
         return (

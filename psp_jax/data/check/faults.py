@@ -199,8 +199,11 @@ def likely_cause(labels: Counter[int], wrong: Sequence[int], total: int, data: C
         if list(wrong) == [classes]:
             void = f'is {classes} void? Set {_map_flag({classes: IGNORE})}'
             other = f'is 0 "other", and 1 the first class? Set {_map_flag("minus_one")}'
-            if data.classes in ('ade20k', 'camvid') or not labels[0]:
-                return void if data.classes == 'camvid' else other
+            published = label_space(data.classes).label_map
+            if published:
+                return f'as the data set is published? Set {_map_flag(published)}'
+            if not labels[0]:
+                return other
             # What is not labelled is in nearly every picture.
             return '; '.join([void, other] if labels[classes] >= labels[0] else [other, void])
         if classes == 19 and max(wrong) <= 33:

@@ -101,7 +101,8 @@ def voc(folder: str, flags: argparse.Namespace) -> Plan:
         classes, ids = _classes(flags, written, labelmap)
     else:
         classes, ids = _classes(flags, (), '', 'voc2012')
-        names, colors = label_space(flags.classes or 'voc2012')
+        space = label_space(flags.classes or 'voc2012')
+        names, colors = space.names, space.colors
         labels = {}
         for name, color in zip(names, annotations.packed(colors).tolist(), strict=True):
             if color in labels:
