@@ -60,7 +60,8 @@ class _Canvas(NamedTuple):
 def draw(index: int) -> tuple[np.ndarray, np.ndarray]:
     """Scene number `index` (0 or more): image `uint8[65, 129, 3]` in RGB, label `uint8[65, 129]`.
 
-    Half of the scenes are streets, half harbours (`scene_kind`); labels are classes of the label space 'scenes'.
+    Half of the scenes are streets, half harbours (`scene_kind`). Labels are classes of the label
+    space 'scenes'.
     """
     return draw_kind(index, scene_kind(index))
 

@@ -127,8 +127,6 @@ def seen_size(size: Size, scale: float, config: ConfigDict) -> Size:
         seen = tuple(
             max(round((side * factor - extra) / STRIDE), 1) * STRIDE + extra for side in size
         )
-            max(round((side * factor - extra) / STRIDE), 1) * STRIDE + extra for side in size
-        )
         return seen[0], seen[1]
     if protocol in ('mmseg', 'mmseg_slide'):
         factor = min(mmseg_long_side(base) / max(size), base / min(size)) if base else 1.0
