@@ -78,8 +78,6 @@ def test_the_challenge_score_is_the_mean_of_miou_and_pixel_accuracy():
     expected = ((3 / 4 + 0 + 1) / 150 + 7 / 8) / 2
     found = extra_scores(matrix, label_space('ade20k'))
     assert found == {'challenge_score': pytest.approx(expected)}
-        'challenge_score': pytest.approx(expected)
-    }
     assert extra_scores(matrix, label_space('150')) == {}
 
 
