@@ -85,8 +85,8 @@ def test_defaults_are_legal_once_the_classes_are_named():
 def keys_read(source: str) -> set[str]:
     """The keys that Python source reads from arguments annotated as ConfigDict.
 
-    An argument `config` is the whole configuration, `data: ConfigDict` its group of that name, and
-    `model = config.model` names a group too. `data[split]` reads what each split is read from.
+    An argument `config` or anything's field `config` is the whole configuration, `data: ConfigDict`
+    its group of that name, and `model = config.model` names a group too. `data[split]` reads what each split is read from.
     """
     read = set()
     for function in ast.walk(ast.parse(source)):
@@ -101,6 +101,8 @@ def keys_read(source: str) -> set[str]:
         def key(node: ast.AST, names: dict[str, str] = names) -> str | None:
             if isinstance(node, ast.Name):
                 return names.get(node.id)
+            if isinstance(node, ast.Attribute) and node.attr == 'config':
+                return ''
             if isinstance(node, ast.Attribute) and (group := key(node.value)) is not None:
                 return f'{group}.{node.attr}' if group else node.attr
             return None
