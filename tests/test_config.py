@@ -86,7 +86,8 @@ def keys_read(source: str) -> set[str]:
     """The keys that Python source reads from arguments annotated as ConfigDict.
 
     An argument `config` or anything's field `config` is the whole configuration, `data: ConfigDict`
-    its group of that name, and `model = config.model` names a group too. `data[split]` reads what each split is read from.
+    its group of that name, and `model = config.model` names a group too. `data[split]` reads what
+    each split is read from.
     """
     read = set()
     for function in ast.walk(ast.parse(source)):

@@ -176,9 +176,8 @@ def test_everything_is_one_entry_in_one_place(extensions, photographs, capsys):
     assert [c['name'] for c in scores['classes']] == ['apple', 'pear', 'plum']
     assert set(scores['categories']) == {'round', 'long'}
     with pytest.raises(UserError, match='aspp'):
-        export.export_checkpoint(
-            None, str(workdir), 'latest', [], str(extensions / 'x.safetensors')
-        )
+        output = str(extensions / 'x.safetensors')
+        export.export_checkpoint(None, str(workdir), 'latest', [], output)
     assert not (extensions / 'x.safetensors').exists()
 
 
