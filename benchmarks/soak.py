@@ -4,11 +4,11 @@
     python -m benchmarks.soak --processes 2 --workdir runs/soak2
 
 A PSPNet-18 with narrow heads trains on the built-in scenes, on CPU devices. Each start gets
-SIGTERM, SIGINT or SIGKILL at a random moment of start-up, training, a save or an evaluation. If the
-run ends before there were enough interruptions, another one begins. Prints a line for each start and
-a table at the end. The exit code is 1 if an exit code is wrong, a process hangs, or a run differs
-from the uninterrupted one in an array of its last checkpoint, in metrics.jsonl, or in the metrics
-of an evaluation. Takes about half an hour on two cores.
+SIGTERM, SIGINT or SIGKILL at a random moment of start-up, training, a save or an evaluation. If a
+run ends before there were enough interruptions, another one begins. Prints a line for each start,
+and a table at the end. The exit code is 1 if an exit code is wrong, a process hangs, or a run
+differs from the uninterrupted one in an array of its last checkpoint, in metrics.jsonl, or in the
+metrics of an evaluation. Takes about half an hour on two cores.
 """
 
 import argparse
@@ -62,6 +62,7 @@ class Start:
             'JAX_NUM_CPU_DEVICES': '1',
             'JAX_COMPILATION_CACHE_DIR': str(folder / 'programs'),
             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+            'XLA_FLAGS': '--xla_backend_optimization_level=1',  # compiles in less time
         }
         self.processes = []
         for i, log in enumerate(self.logs):

@@ -29,6 +29,7 @@ from psp_jax.errors import Stopped, UserError
 INITIALIZATION_TIMEOUT = 300  # seconds that processes wait for the last one to start
 HEARTBEAT_TIMEOUT = 60  # seconds after which a silent process counts as dead
 _COORDINATOR_STAYS = 3  # seconds; all processes lose their connection when process 0 ends
+_BEFORE_THE_FIRST_STEP = 'stopped before the first step; run the same command again'
 _LINE = 160  # bytes of the line about a process
 
 
@@ -157,7 +158,7 @@ def _ask(number: int, frame: FrameType | None) -> None:
         _run.code = INTERRUPTED
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not _run.steps and not _run.several:
-        raise Stopped(_run.code, 'stopped before the first step; run the same command again')
+        raise Stopped(_run.code, _BEFORE_THE_FIRST_STEP)
     if number == signal.SIGINT:
         print(
             'psp_jax: stopping after this step, or after this evaluation; Ctrl-C again ends at '
@@ -191,11 +192,13 @@ def finish(step: int, workdir: str) -> None:
     import jax
 
     if _run.stops:
-        signals = {PREEMPTED: 'SIGTERM', INTERRUPTED: 'Ctrl-C'}
-        text = (
-            f'stopped by {signals[_run.code]}; step {step} is saved. To continue: '
-            f'python -m psp_jax.main --workdir {workdir}'
-        )
+        text = _BEFORE_THE_FIRST_STEP
+        if _run.steps > 1:
+            signals = {PREEMPTED: 'SIGTERM', INTERRUPTED: 'Ctrl-C'}
+            text = (
+                f'stopped by {signals[_run.code]}; step {step} is saved. To continue: '
+                f'python -m psp_jax.main --workdir {workdir}'
+            )
         raise Stopped(_run.code, '' if jax.process_index() else text)
 
 
