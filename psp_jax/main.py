@@ -70,15 +70,12 @@ class Call:
 
 
 def train(call: Call) -> None:
-    from psp_jax.runtime import checkpoint
-
-    # Train imports TensorFlow, which takes seconds, in which a signal should be heard.
+    # The imports take seconds, in which signals should be heard.
     with preemption.listening():
         from psp_jax import train
+        from psp_jax.runtime import checkpoint
 
-        config = call.config
-        if config is None:
-            *_, config = checkpoint.find_with_config(None, call.workdir, 'latest', call.overrides)
+        config = call.config or checkpoint.newest_config(call.workdir, call.overrides)
         train.train_and_evaluate(config, call.workdir, call.name)
 
 

@@ -7,7 +7,6 @@ only once it is complete.
 """
 
 import errno
-import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -141,9 +140,10 @@ def add_metrics(manager: Manager, step: int, metrics: dict[str, Any], keep: int)
 
 def set_aside(manager: Manager, step: int) -> str:
     """Renames a damaged checkpoint, so that its step can be saved again; returns the new name."""
-    names = (f'{step}.damaged{n or ""}' for n in itertools.count())
-    name = next(name for name in names if not (manager.directory / name).exists())
+    name = f'{step}.damaged'
     if jax.process_index() == 0:
+        if (manager.directory / name).exists():
+            (manager.directory / name).rmtree()
         (manager.directory / str(step)).rename(manager.directory / name)
     multihost_utils.sync_global_devices(f'damaged step {step}')
     manager.reload()
@@ -239,6 +239,20 @@ def config_of(path: epath.Path, step: int, overrides: Iterable[str] = ()) -> Con
     Raises UserError if a flag has an unknown key or an illegal value.
     """
     return from_json(read_meta(path, step)['config'], overrides)
+
+
+def newest_config(workdir: str, overrides: Iterable[str]) -> ConfigDict:
+    """The configuration of a run as `config_of`, from its newest checkpoint that is not damaged."""
+    path, step = find(workdir, 'latest')
+    with reader(path) as manager:
+        older = sorted(set(manager.all_steps()) - {step})
+    while True:
+        try:
+            return config_of(path, step, overrides)
+        except Unreadable:
+            if not older:
+                raise
+            step = older.pop()
 
 
 def shapes(path: epath.Path, step: int, parts: Iterable[str]) -> dict[str, Any]:

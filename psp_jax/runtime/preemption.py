@@ -59,21 +59,13 @@ def join(address: str | None, count: int | None, index: int | None) -> None:
 
     if count == 1 and address is None:
         return  # alone, even in a cluster
-    given = address is not None
-    expected = f'{count} processes' if given else 'processes of this cluster'
-    if given:
-        print(
-            f'psp_jax: process {index} of {count} waits for the others at {address}, '
-            f'{INITIALIZATION_TIMEOUT} s at most',
-            file=sys.stderr,
-            flush=True,
-        )
+    others = f'all {count} processes at {address}' if address else 'all processes of this cluster'
+    if address:
+        text = f'psp_jax: process {index} waits for {others}, {INITIALIZATION_TIMEOUT} s at most'
+        print(text, file=sys.stderr, flush=True)
 
     def give_up() -> None:
-        print_error(
-            f'the {expected} did not all start within {INITIALIZATION_TIMEOUT} s: start every '
-            f'--process_id from 0 to N - 1 with the same --coordinator_address={address}'
-        )
+        print_error(f'not {others} have started within {INITIALIZATION_TIMEOUT} s: start them all')
         os._exit(NOT_JOINED)
 
     # On its own timeout JAX would abort with a page of C++.
@@ -91,12 +83,11 @@ def join(address: str | None, count: int | None, index: int | None) -> None:
         )
         _run.several = True
     except (ValueError, RuntimeError) as error:
-        if given:
+        if address:
             raise UserError(f'--coordinator_address={address}: {error}') from error
-        # Neither a cluster that JAX knows, nor a Python session that has used JAX before, is one of
-        # several processes.
-        texts = 'coordinator_address should be defined', 'before any JAX calls'
-        if not any(text in str(error) for text in texts):
+        # JAX knows no cluster here, or this is a Python session that has used JAX before.
+        alone = 'coordinator_address should be defined', 'before any JAX calls'
+        if not any(text in str(error) for text in alone):
             raise
     finally:
         timer.cancel()
