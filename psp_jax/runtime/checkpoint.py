@@ -6,10 +6,11 @@ the metrics of the step if it was evaluated. Saving is asynchronous and atomic: 
 only once it is complete.
 """
 
+import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -226,11 +227,8 @@ def _by_itself() -> ocp.options.MultiprocessingOptions:
 
 def read_meta(path: epath.Path, step: int) -> dict[str, Any]:
     """What was saved beside the state: {'config': ..., 'versions': ...}."""
-    with reader(path) as manager:
-        try:
-            return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        except _UNREADABLE as error:
-            raise explained(path / str(step), error) from error
+    with reader(path) as manager, _explained(path / str(step)):
+        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
 
 def config_of(path: epath.Path, step: int, overrides: Iterable[str] = ()) -> ConfigDict:
@@ -243,28 +241,22 @@ def config_of(path: epath.Path, step: int, overrides: Iterable[str] = ()) -> Con
 
 def newest_config(workdir: str, overrides: Iterable[str]) -> ConfigDict:
     """The configuration of a run as `config_of`, from its newest checkpoint that is not damaged."""
-    path, step = find(workdir, 'latest')
+    path, newest = find(workdir, 'latest')
     with reader(path) as manager:
-        older = sorted(set(manager.all_steps()) - {step})
-    while True:
-        try:
+        older = sorted(set(manager.all_steps()) - {newest}, reverse=True)
+    for step in (newest, *older):
+        with contextlib.suppress(Unreadable):
             return config_of(path, step, overrides)
-        except Unreadable:
-            if not older:
-                raise
-            step = older.pop()
+    return config_of(path, newest, overrides)  # raises what is wrong with it
 
 
 def shapes(path: epath.Path, step: int, parts: Iterable[str]) -> dict[str, Any]:
     """The saved arrays under names that begin with one of `parts`: {name: its shape and dtype}."""
-    with reader(path) as manager:
-        try:
-            found = manager.item_metadata(step)['state']
-            if found is None:
-                raise FileNotFoundError('its list of arrays is missing')
-            saved = flatten_dict(getattr(found, 'tree', found), sep='/')
-        except _UNREADABLE as error:
-            raise explained(path / str(step), error) from error
+    with reader(path) as manager, _explained(path / str(step)):
+        found = manager.item_metadata(step)['state']
+        if found is None:
+            raise FileNotFoundError('its list of arrays is missing')
+        saved = flatten_dict(getattr(found, 'tree', found), sep='/')
     return {name: leaf for name, leaf in saved.items() if name.split('/')[0] in parts}
 
 
@@ -315,38 +307,39 @@ def read_arrays(path: epath.Path, step: int, wanted: dict[str, Any]) -> dict[str
 def _read(path: epath.Path, step: int, arguments: dict[str, ocp.RestoreArgs]) -> dict[str, Any]:
     tree = unflatten_dict(arguments, sep='/')
     restoring = ocp.args.PyTreeRestore(item=tree, restore_args=tree, partial_restore=True)
-    handler = ocp.PyTreeCheckpointHandler()
-    with ocp.Checkpointer(handler, multiprocessing_options=_by_itself()) as checkpointer:
-        try:
+    handler, options = ocp.PyTreeCheckpointHandler(), _by_itself()
+    with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
+        with _explained(path / str(step)):
             found = checkpointer.restore(path / str(step) / 'state', args=restoring)
-        except _UNREADABLE as error:
-            raise explained(path / str(step), error) from error
     return flatten_dict(found, sep='/')
 
 
-def explained(path: epath.Path, error: Exception) -> Exception:
-    """The error for the user if a checkpoint cannot be read: because of damage, or for now."""
-    reason = ' '.join(str(error).partition('[tensorstore_spec')[0].split())
-    if isinstance(error, PermissionError) or 'PERMISSION_DENIED' in reason:
-        return UserError(f'{path}: may not be read ({reason})')
-    passing = isinstance(error, (TimeoutError, ConnectionError))
-    if passing or any(text in reason for text in PASSING_TEXTS):
-        return PassingError(f'{path}: cannot be read at the moment ({reason})')
-    return Unreadable(
-        f'{path}: cannot be read as a checkpoint of psp_jax ({reason}). If it is damaged, remove '
-        'this folder; then the one before it is the latest'
-    )
+@contextlib.contextmanager
+def _explained(path: epath.Path) -> Iterator[None]:
+    """Turns an error of reading into one for the user: damage, or a disk that does not answer."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        reason = ' '.join(str(error).partition('[tensorstore_spec')[0].split())
+        if isinstance(error, PermissionError) or 'PERMISSION_DENIED' in reason:
+            raise UserError(f'{path}: may not be read ({reason})') from error
+        passing = isinstance(error, (TimeoutError, ConnectionError))
+        if passing or any(text in reason for text in PASSING_TEXTS):
+            raise PassingError(f'{path}: cannot be read at the moment ({reason})') from error
+        raise Unreadable(
+            f'{path}: cannot be read as a checkpoint of psp_jax ({reason}). If it is damaged, '
+            'remove this folder; then the one before it is the latest'
+        ) from error
 
 
 def compare(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """One text for each name whose shape or dtype differs, or that one side lacks."""
-    differences = []
-    for name in sorted(saved.keys() | wanted.keys()):
-        here, there = _described(saved.get(name)), _described(wanted.get(name))
-        if here != there:
-            differences.append(f'{name} {here} / {there}')
-    return differences
 
+    def described(leaf: Any) -> str:
+        return 'missing' if leaf is None else f'{leaf.dtype}{list(leaf.shape)}'
 
-def _described(leaf: Any) -> str:
-    return 'missing' if leaf is None else f'{leaf.dtype}{list(leaf.shape)}'
+    pairs = {
+        name: (described(saved.get(name)), described(wanted.get(name)))
+        for name in sorted(saved.keys() | wanted.keys())
+    }
+    return [f'{name} {here} / {there}' for name, (here, there) in pairs.items() if here != there]
