@@ -252,7 +252,8 @@ def run(argv: Sequence[str]) -> None:
         config, name = load_config(flags.config, overrides), config_name(flags.config)
     quieten_libraries()
     if flags.mode in SEVERAL_PROCESSES:
-        preemption.join(flags.coordinator_address, flags.num_processes, flags.process_id)
+        place = flags.coordinator_address, flags.num_processes, flags.process_id
+        preemption.join(*place, trains=flags.mode == 'train')
     workdir = flags.workdir or os.path.join('runs', name)
     MODES[flags.mode](Call(flags, overrides, config, name, workdir))
 

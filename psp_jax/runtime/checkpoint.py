@@ -275,7 +275,7 @@ def restore(path: epath.Path, step: int, target: Any) -> Any:
         shown = '; '.join(differences[:6])
         more = f'; and {len(differences) - 6} more' if len(differences) > 6 else ''
         raise UserError(
-            f'{path / str(step)} has another architecture than the configuration '
+            f'{path / str(step)} is of another architecture than the configuration '
             f'(checkpoint / configuration): {shown}{more}'
         )
     arguments = {

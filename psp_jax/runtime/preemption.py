@@ -48,11 +48,12 @@ _run = _Run()  # signal handlers belong to a process, so this is global
 # ---- Start
 
 
-def join(address: str | None, count: int | None, index: int | None) -> None:
+def join(address: str | None, count: int | None, index: int | None, trains: bool = True) -> None:
     """Connects this process with the others of its run, before anything else uses JAX.
 
     The arguments are --coordinator_address, --num_processes and --process_id. Without them JAX
     finds the processes itself on Cloud TPU, Slurm and Open MPI; elsewhere the process is alone.
+    SIGTERM ends the process at once unless it `trains`.
     Ends the process with NOT_JOINED if the others do not come within INITIALIZATION_TIMEOUT.
     """
     import jax
@@ -68,6 +69,7 @@ def join(address: str | None, count: int | None, index: int | None) -> None:
         print_error(f'not {others} have started within {INITIALIZATION_TIMEOUT} s: start them all')
         os._exit(NOT_JOINED)
 
+    jax.config.update('jax_enable_preemption_service', trains)
     # On its own timeout JAX would abort with a page of C++.
     timer = threading.Timer(INITIALIZATION_TIMEOUT, give_up)
     timer.daemon = True
