@@ -199,13 +199,18 @@ def finish(step: int, workdir: str) -> None:
 
 
 def run_to_the_end(run: Callable[[], int]) -> int:
-    """The exit code that `run` returns; ends this process itself if one of several fails.
+    """The exit code that `run` returns, once all processes of the run are done.
 
-    Otherwise JAX would wait for processes that need this one. They end when JAX misses its
-    heartbeat, or earlier, when their connection to it breaks.
+    If one of several fails, this ends it at once: JAX would wait for the others, and they for it.
+    The others end when JAX misses its heartbeat, or earlier if a connection to it breaks.
     """
     try:
         code = run()
+        if _run.several and not code:
+            from jax.experimental import multihost_utils
+
+            # One may take longer, such as process 0 for a report. JAX itself waits a minute only.
+            multihost_utils.sync_global_devices('end')
     except Exception as error:
         if not _run.several:
             raise
@@ -219,8 +224,7 @@ def run_to_the_end(run: Callable[[], int]) -> int:
 
         sys.stdout.flush()
         if jax.process_index() == 0:
-            time.sleep(
-                _COORDINATOR_STAYS
-            )  # for processes that are about to end with the same error
+            # Others may be about to end with the same error, and with their own line about it.
+            time.sleep(_COORDINATOR_STAYS)
         os._exit(code)
     return code
