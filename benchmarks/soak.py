@@ -1,172 +1,260 @@
-"""The long test that nothing is lost: a run that is interrupted again and again, to its end.
+"""Interrupts a small run again and again, and compares it with a run that nothing interrupted.
 
-    python -m benchmarks.soak --soak a1 --workdir runs/soak/a1 [--terms 25 --kills 25 --seed 0]
-    python -m benchmarks.soak --tables [--docs docs/reliability.md]
+    python -m benchmarks.soak --processes 1 --workdir runs/soak1 [--interruptions 25 --seed 0]
+    python -m benchmarks.soak --processes 2 --workdir runs/soak2
 
-a1: one process with 2 CPU devices; a2: two processes with 1 each; b: one process with 1, 2, 4 or 8
-devices, another number at each restart. A PSPNet-18 with narrow heads trains on the built-in
-scenes, once without interruption and once with SIGTERM and SIGKILL at times uniform in wall time,
-from the start of the process on. What they hit is counted from what the processes wrote down. It
-goes on until there were enough of each signal, with 5 interruptions inside saves and 5 inside
-evaluations; a run that ends before is checked, and another one begins. Then (see
-`soak_check.check`) the interrupted runs have to be the uninterrupted one.
-
-All is in the JSON file --output (benchmarks/results/soak_SOAK.json), which is written after each
-interruption: the same command goes on from there. It takes hours. As the runs have to be of the
-same program, psp_jax must not change meanwhile: run it in a copy of the repository. All starts
-share one folder of compiled programs (JAX_COMPILATION_CACHE_DIR), or most of the time would go to
-compiling.
+A PSPNet-18 with narrow heads trains on the built-in scenes, on CPU devices. Each start gets
+SIGTERM, SIGINT or SIGKILL at a random moment of start-up, training, a save or an evaluation. If a
+run ends before there were enough interruptions, another one begins. Prints a line for each start,
+and a table at the end. The exit code is 1 if an exit code is wrong, a process hangs, or a run
+differs from the uninterrupted one in an array of its last checkpoint, in metrics.jsonl, or in the
+metrics of an evaluation. Takes about half an hour on two cores.
 """
 
 import argparse
-import hashlib
+import itertools
 import json
 import os
-import platform
+import random
 import re
 import shutil
+import signal
+import socket
+import subprocess
 import sys
 import time
-from importlib import metadata
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.markdown import with_table
-from benchmarks.soak_check import check
-from benchmarks.soak_plan import draw, missing, needed_steps
-from benchmarks.soak_start import ROOT, SOAKS, Soak, lost, start
-from benchmarks.soak_tables import summary, table
-from psp_jax.command_line import whole_file
+from psp_jax.command_line import INTERRUPTED, PREEMPTED
 
-CALIBRATION_STEPS = 12
-
-
-def soak(flags: argparse.Namespace) -> dict[str, Any]:
-    """Runs what is still to be run; returns the content of the JSON file."""
-    kind = SOAKS[flags.soak]
-    folder = flags.workdir.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    found = read_or_new(flags)
-    starts, runs = found['starts'], found['runs']
-
-    def save() -> None:
-        if starts:
-            found['summary'] = summary(found)
-        with whole_file(str(flags.output)) as path:
-            Path(path).write_text(as_text(found))
-
-    if found.pop('current', None):  # this driver was ended, and its processes with it
-        found['cut'] = found.get('cut', 0) + 1
-        cut = {'run': f'run-{len(runs)}', 'number': len(starts), 'codes': [-9] * kind.processes}
-        starts.append(cut | {'startup': None, 'failures': [], 'cut': True})
-    if 'total_steps' not in found:
-        if flags.total_steps:
-            found['total_steps'] = flags.total_steps
-        else:
-            found['calibration'] = calibrate(kind, folder)
-            found['total_steps'] = needed_steps(found)
-        save()
-    steps = found['total_steps']
-    if 'straight' not in found:
-        say(f'uninterrupted run of {steps} steps')
-        straight = start_anew(kind, 'straight', 0, steps, folder)
-        found['straight'] = straight
-        found.setdefault('calibration', {'startup': straight['startup']})
-        save()
-    while True:
-        name, number = f'run-{len(runs)}', len(starts)
-        if starts and starts[-1]['run'] == name and not any(starts[-1]['codes']):
-            runs.append(check(kind, name, steps, folder))
-            say(f'{name}: {json.dumps(runs[-1])}')
-            save()
-            if not any(missing(found).values()):
-                return found
-            continue
-        plan = draw(found, kind.processes) if any(missing(found).values()) else None
-        devices = kind.devices[number % len(kind.devices)]
-        found['current'] = {'number': number, 'run': name}
-        save()
-        made = start(kind, name, number, devices, steps, plan, folder)
-        made['failures'] += lost(starts, made)
-        del found['current']
-        starts.append(made)
-        say(describe(made, steps))
-        save()
+ROOT = Path(__file__).parents[1]
+STEPS, EVERY, EVALUATE_EVERY = 96, 4, 12  # steps of the run, between saves, between evaluations
+CONFIG = (
+    *('batch_size=2', f'checkpoint_every={EVERY}', f'eval_every={EVALUATE_EVERY}', 'log_every=1'),
+    *('data.train=0:64', 'data.val=1000000:1000008', 'data.crop=33', 'model.stem=deep_small'),
+    *('model.head_width=16', 'model.aux_width=8', 'eval.batch_size=2', 'eval.panels=2'),
+)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
+MOMENTS = ('start-up', 'training', 'save', 'evaluation')
+CODES = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED, signal.SIGKILL: -signal.SIGKILL}
+PATIENCE = 600  # seconds for any wait, on a busy machine
+PEER_ENDS = 120  # seconds within which a process ends after another one was killed
 
 
-def read_or_new(flags: argparse.Namespace) -> dict[str, Any]:
-    """The JSON file as it is, or what a new one has."""
-    given = {'soak': flags.soak, 'terms': flags.terms, 'kills': flags.kills, 'seed': flags.seed}
-    given['sources'] = digest()
-    if flags.output.exists():
-        found = json.loads(flags.output.read_text())
-        for name, value in given.items():
-            if found[name] != value:
-                raise SystemExit(
-                    f'{flags.output} is of {name} {found[name]}, not {value}: begin anew, with '
-                    'another --output and --workdir'
+class Start:
+    """The processes of one start of a run; their output goes to log files."""
+
+    def __init__(self, folder: Path, name: str, number: int, processes: int):
+        self.workdir, self.finished = folder / name, False
+        self.logs = [folder / f'{name}-{number:02}-{i}.log' for i in range(processes)]
+        with socket.socket() as free:
+            free.bind(('localhost', 0))
+            address = f'localhost:{free.getsockname()[1]}'
+        command = [sys.executable, '-m', 'psp_jax.main', '--workdir', str(self.workdir)]
+        if not any(path.name.isdigit() for path in self.workdir.glob('checkpoints/*')):
+            # Later starts take the configuration from the checkpoint.
+            command += ['--config', f'configs/scenes.py:steps={STEPS}']
+            command += [f'--config.{word}' for word in CONFIG]
+        environment = {
+            'JAX_PLATFORMS': 'cpu',
+            'JAX_NUM_CPU_DEVICES': '1',
+            'JAX_COMPILATION_CACHE_DIR': str(folder / 'programs'),
+            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+            'XLA_FLAGS': '--xla_backend_optimization_level=1',  # compiles in less time
+        }
+        self.processes = []
+        for i, log in enumerate(self.logs):
+            words = ['--coordinator_address', address, '--num_processes', str(processes)]
+            words += ['--process_id', str(i)]
+            with open(log, 'w') as output:
+                self.processes.append(
+                    subprocess.Popen(
+                        command + words * (processes > 1),
+                        cwd=ROOT,
+                        env=os.environ | environment,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
                 )
-        return found
-    packages = ('jax', 'jaxlib', 'flax', 'orbax-checkpoint', 'numpy')
-    cpu = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
-    return given | {
-        'versions': {'python': platform.python_version()}
-        | {name: metadata.version(name) for name in packages},
-        'machine': f'{os.cpu_count()} x {cpu[1] if cpu else platform.machine()}',
-        'date': time.strftime('%Y-%m-%d'),
-        'starts': [],
-        'runs': [],
+
+    def text(self) -> str:
+        return self.logs[0].read_text()
+
+    def steps(self) -> list[int]:
+        """The steps that process 0 has logged."""
+        return [int(step) for step in re.findall(r'^step +(\d+)/', self.text(), re.M)]
+
+    def reached(self, moment: str, after: int) -> bool:
+        """Whether the run is at a moment, once it has trained `after` steps if it is training."""
+        steps = self.steps()
+        if moment == 'start-up':
+            return bool(self.text())
+        if moment == 'training':
+            return len(steps) >= after
+        if moment == 'save':
+            return any('tmp' in path.name for path in self.workdir.glob('checkpoints/*'))
+        due = bool(steps) and steps[-1] % EVALUATE_EVERY == 0
+        return due and f'step {steps[-1]}  mIoU' not in self.text()
+
+    def wait(self, moment: str, after: int) -> bool:
+        """Waits for a moment; False if the run has ended before."""
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            if any(process.poll() is not None for process in self.processes):
+                return False
+            if self.reached(moment, after):
+                return True
+            time.sleep(0.005)
+        raise TimeoutError(f'{self.logs[0]}: {moment} did not come within {PATIENCE} s')
+
+    def codes(self, seconds: float) -> list[int]:
+        """The exit codes; kills what is still there after so many seconds."""
+        until = time.monotonic() + seconds
+        try:
+            return [p.wait(max(until - time.monotonic(), 0.1)) for p in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+
+def interrupt(
+    start: Start, sent: signal.Signals, moment: str, rng: random.Random
+) -> dict[str, Any]:
+    """Sends a signal at a moment; what came of it."""
+    if not start.wait(moment, after=rng.randint(1, EVERY)):
+        return {'codes': start.codes(PATIENCE), 'moment': None, 'wrong': ''}
+    delay = {'start-up': 8.0, 'evaluation': 1.0}.get(moment, 0.1)
+    time.sleep(rng.uniform(0, delay))
+    ids = range(len(start.processes))
+    # A terminal sends SIGINT to all processes. Clusters send SIGTERM to one or to all.
+    to = list(ids) if sent == signal.SIGINT or rng.random() < 0.5 else [rng.choice(ids)]
+    logged, began = len(start.steps()), time.monotonic()
+    for i in to:
+        start.processes[i].send_signal(sent)
+    others_die = sent == signal.SIGKILL and len(to) < len(ids)
+    codes = start.codes(PEER_ENDS if others_die else PATIENCE)
+    good = all(codes[i] == CODES[sent] for i in (to if others_die else ids))
+    if others_die:
+        good &= all(code not in (0, PREEMPTED, INTERRUPTED) for code in codes)
+    if moment == 'start-up' and not logged and sent != signal.SIGKILL:
+        # Before Python hears signals, and before the processes have joined, a signal simply ends
+        # the processes that get it.
+        good |= all(codes[i] in (CODES[sent], -sent) for i in to)
+    return {
+        'codes': codes,
+        'moment': moment,
+        'to': to,
+        'seconds': round(time.monotonic() - began, 1),
+        'wrong': '' if good or not any(codes) else f'{codes} after {sent.name} in {moment}',
     }
 
 
-def digest() -> str:
-    """Of the sources of psp_jax, which must stay the same."""
-    made = hashlib.sha256()
-    for path in sorted(ROOT.glob('psp_jax/**/*.py')):
-        made.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
-    return made.hexdigest()[:16]
-
-
-def as_text(found: dict[str, Any]) -> str:
-    """JSON with a line for each start."""
-    starts = ',\n'.join('  ' + json.dumps(s) for s in found['starts'])
-    rest = {name: value for name, value in found.items() if name != 'starts'}
-    return f'{json.dumps(rest, indent=1)[:-2]},\n "starts": [\n{starts}\n ]\n}}\n'
-
-
-def calibrate(kind: Soak, folder: Path) -> dict[str, float]:
-    """Start-up and seconds a step, saves and evaluations included, once all is compiled."""
-    for number in range(2):
-        made = start_anew(kind, 'calibration', number, CALIBRATION_STEPS, folder)
-    pace = (made['seconds'] - made['startup']) / CALIBRATION_STEPS
-    found = {'startup': round(made['startup'], 2), 'seconds_per_step': round(pace, 3)}
-    say(f'calibration: {found}')
-    shutil.rmtree(folder / 'calibration')
+def differences(run: Path, straight: Path) -> list[str]:
+    """What differs between a run that was interrupted and the one that was not."""
+    found = []
+    arrays = [read_arrays(path / 'checkpoints' / str(STEPS) / 'state') for path in (run, straight)]
+    for name in arrays[0].keys() | arrays[1].keys():
+        one, other = (a.get(name) for a in arrays)
+        if one is None or other is None or one.tobytes() != other.tobytes():
+            found.append(f'array {name}')
+    lines = [read_lines(path) for path in (run, straight)]
+    found += [
+        f'metrics.jsonl, line {i}' for i, (a, b) in enumerate(zip(*lines, strict=False)) if a != b
+    ]
+    if len(lines[0]) != len(lines[1]):
+        found.append(f'metrics.jsonl has {len(lines[0])} lines, not {len(lines[1])}')
+    for path in straight.glob('eval/*/metrics.json'):
+        other = run / path.relative_to(straight)
+        pair = [{**json.loads(p.read_text()), 'seconds': 0} for p in (path, other) if p.exists()]
+        if len(pair) < 2 or pair[0] != pair[1]:
+            found.append(str(path.relative_to(straight)))
     return found
 
 
-def start_anew(kind: Soak, name: str, number: int, steps: int, folder: Path) -> dict[str, Any]:
-    """Makes a run without interruption, after removing what there is of it."""
-    shutil.rmtree(folder / name, ignore_errors=True)
-    for path in (folder / 'logs').glob(f'{name}-*'):
-        path.unlink()
-    made = start(kind, name, number, kind.devices[0], steps, None, folder)
-    if made['failures']:
-        raise SystemExit(f'{name} failed: {made["failures"]}; see {folder}/logs')
-    return made
+def read_lines(run: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without the times."""
+    times = ('seconds_per_step', 'images_per_second', 'data_wait')
+    lines = map(json.loads, (run / 'metrics.jsonl').read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in times} for line in lines]
+
+
+def read_arrays(path: Path) -> dict[str, Any]:
+    """The arrays of a checkpoint by name, as numpy arrays."""
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        found = checkpointer.restore(path, restore_args=as_numpy)
+    return {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(found)}
+
+
+def soak(folder: Path, processes: int, interruptions: int, seed: int) -> bool:
+    """Runs everything and prints the table; whether all was right."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    rng = random.Random(seed)
+    say('uninterrupted run')
+    if any(codes := Start(folder, 'straight', 0, processes).codes(4 * PATIENCE)):
+        raise SystemExit(f'the uninterrupted run ended with {codes}; see {folder}')
+    plans = itertools.cycle(itertools.product(MOMENTS, SIGNALS))
+    done: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    starts = 0
+    for run in itertools.count():
+        name = f'run{run}'
+        for number in itertools.count():
+            start = Start(folder, name, number, processes)
+            if len(done) < interruptions:
+                moment, sent = next(plans)
+                made = interrupt(start, sent, moment, rng)
+            else:
+                made = {'codes': start.codes(4 * PATIENCE), 'moment': None, 'wrong': ''}
+            starts += 1
+            steps = start.steps()
+            say(f'{name}: {made} steps {steps[:1]} to {steps[-1:]}')
+            if made['moment'] and any(made['codes']):
+                done.append(made | {'signal': sent.name})
+            elif any(made['codes']):
+                wrong.append(f'{name} ended by itself with {made["codes"]}')
+            wrong += [made['wrong']] * bool(made['wrong'])
+            if not any(made['codes']):
+                break
+        different = differences(folder / name, folder / 'straight')
+        say(f'{name} is finished; differences: {different[:5]}')
+        wrong += different
+        if len(done) >= interruptions:
+            break
+    print(table(processes, done, starts, run + 1, wrong))
+    return not wrong
+
+
+def table(
+    processes: int, done: list[dict[str, Any]], starts: int, runs: int, wrong: list[str]
+) -> str:
+    """Markdown: how often each signal hit each moment, and what came of it."""
+    count = Counter((one['moment'], one['signal']) for one in done)
+    rows = [f'|  | {" | ".join(s.name for s in SIGNALS)} |', '|---|---|---|---|']
+    for moment in MOMENTS:
+        rows.append(f'| {moment} | {" | ".join(str(count[moment, s.name]) for s in SIGNALS)} |')
+    stops = [one['seconds'] for one in done if one['signal'] != 'SIGKILL']
+    peers = [one['seconds'] for one in done if set(one['codes']) - {-9} and -9 in one['codes']]
+    rows += [
+        '',
+        f'processes {processes}, interruptions {len(done)}, starts {starts}, runs {runs}',
+        f'seconds to exit after SIGTERM or SIGINT: at most {max(stops, default=0)}',
+        f'seconds until the other process ends after SIGKILL: at most {max(peers, default=0)}',
+        f'wrong: {wrong or "nothing"}',
+    ]
+    return '\n'.join(rows)
 
 
 def say(text: str) -> None:
     print(time.strftime('%H:%M:%S'), text, flush=True)
-
-
-def describe(made: dict[str, Any], steps: int) -> str:
-    what = f'{made["run"]} start {made["number"]}, {made["devices"]} device(s): '
-    if 'signal' in made:
-        what += f'{made["signal"]} to {made["to"]} after {made["after"]:.1f} s in {made["phase"]}, '
-        what += f'ended {made["took"]} s later, '
-    what += f'codes {made["codes"]}, steps {made["first"]} to {made["last"]} of {steps}'
-    return what + ''.join(f'; FAILURE: {failure}' for failure in made['failures'])
 
 
 def main() -> None:
@@ -175,33 +263,13 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('--soak', choices=SOAKS)
-    parser.add_argument('--workdir', type=Path, help='for checkpoints and logs')
-    parser.add_argument('--output', type=Path, help='JSON; default: soak_SOAK.json in --results')
-    parser.add_argument('--terms', type=int, default=25, help='interruptions by SIGTERM')
-    parser.add_argument('--kills', type=int, default=25, help='by SIGKILL')
-    parser.add_argument('--seed', type=int, default=0, help='of the interruptions')
-    parser.add_argument('--total_steps', type=int, help='default: from a measured speed')
-    parser.add_argument('--tables', action='store_true', help='only print the table')
-    parser.add_argument('--results', type=Path, default=ROOT / 'benchmarks' / 'results')
-    parser.add_argument('--docs', type=Path, help='a Markdown file that the table goes into')
+    parser.add_argument('--workdir', type=Path, required=True, help='is emptied first')
+    parser.add_argument('--processes', type=int, default=1)
+    parser.add_argument('--interruptions', type=int, default=25)
+    parser.add_argument('--seed', type=int, default=0, help='of the moments')
     flags = parser.parse_args()
-    failed = False
-    if flags.tables:
-        print(table(flags.results))
-    else:
-        if not flags.soak or not flags.workdir:
-            parser.error('--soak and --workdir are needed')
-        flags.output = flags.output or flags.results / f'soak_{flags.soak}.json'
-        flags.output.parent.mkdir(parents=True, exist_ok=True)
-        found = soak(flags)
-        print(json.dumps(found['summary'], indent=1))
-        wrong = [values for run in found['runs'] for values in run['wrong'].values()]
-        failed = bool(found['summary']['failures']) or any(wrong)
-    if flags.docs:
-        page = with_table(flags.docs.read_text(), '## The figures', table(flags.results))
-        flags.docs.write_text(page)
-    sys.exit(failed)
+    good = soak(flags.workdir.absolute(), flags.processes, flags.interruptions, flags.seed)
+    sys.exit(not good)
 
 
 if __name__ == '__main__':

@@ -5,21 +5,21 @@ import contextlib
 import errno
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from psp_jax.errors import PassingError, UserError
+from psp_jax.errors import PassingError, Stopped, UserError
 
 # Exit codes, by the names of sysexits.h.
-PREEMPTED = 75  # after SIGTERM; a temporary failure, to be tried again
-NOT_JOINED = 69  # the other processes of the run did not come; unavailable
+PREEMPTED = 75  # SIGTERM stopped the run; start the same command again
+NOT_JOINED = 69  # the other processes of the run did not start
+INTERRUPTED = 130  # Ctrl-C
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are user errors as all others: one line, without the usage.
+    """argparse that reports a wrong flag as a UserError: one line, without the usage.
 
-    No flag may be abbreviated: what is short today might be ambiguous tomorrow.
+    Flags cannot be abbreviated, because an abbreviation may become ambiguous with a new flag.
     """
 
     def __init__(self, **options: Any):
@@ -30,7 +30,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(`--config.key=value` and `--config.key value` words, all other words), order kept."""
+    """Divides words into those of `--config.key=value` or `--config.key value`, and all others.
+
+    Both lists keep their order.
+    """
     overrides: list[str] = []
     others: list[str] = []
     wants_value = False
@@ -43,50 +46,35 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def quieten_libraries() -> None:
-    """Keeps the chatter of TensorFlow and orbax off the terminal; their errors stay."""
+    """Keeps the chatter of TensorFlow, absl and asyncio off the terminal; errors stay.
+
+    Call it before TensorFlow is imported, which reads the two environment variables.
+    """
     import logging as python_logging
 
-    # both are read when TensorFlow is imported; oneDNN announces itself whatever the log level is
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # oneDNN announces itself at any log level
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)
-    # Orbax writes pages about each thread of a save that failed, and raises the error as well.
+    # Each of these repeats an error that the main thread raises too: orbax writes a page about each
+    # thread of a failed save, asyncio about each read of a damaged checkpoint, urllib3 about each
+    # attempt of a download.
     python_logging.getLogger('absl').addFilter(lambda record: 'orbax' not in record.pathname)
-    # Of the many reads of a damaged checkpoint orbax awaits one; asyncio prints the errors of all.
     python_logging.getLogger('asyncio').setLevel(python_logging.CRITICAL)
-    python_logging.getLogger('urllib3').setLevel(python_logging.ERROR)  # each try of a download
-    sys.excepthook, sys.unraisablehook = _excepthook, _unraisablehook
-    threading.excepthook = _thread_excepthook
+    python_logging.getLogger('urllib3').setLevel(python_logging.ERROR)
 
 
-def _excepthook(kind: type[BaseException], error: BaseException, where: Any) -> None:
-    """Python's own, but for those reads that end when nobody's event loop is there any more."""
-    if not _is_late(error):
-        sys.__excepthook__(kind, error, where)
-
-
-def _unraisablehook(unraisable: Any) -> None:
-    if not _is_late(unraisable.exc_value):
-        sys.__unraisablehook__(unraisable)
-
-
-def _thread_excepthook(args: Any) -> None:
-    """Python's own, but for saves to a full disk: the main thread raises those errors too."""
-    if not (args.exc_value and disk_is_full(args.exc_value)):
-        threading.__excepthook__(args)
-
-
-def _is_late(error: BaseException | None) -> bool:
-    return isinstance(error, RuntimeError) and str(error) == 'Event loop is closed'
+def print_error(message: object) -> None:
+    """Prints a line about an error on stderr."""
+    print(f'psp_jax: error: {message}', file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def whole_file(output: str) -> Iterator[str]:
-    """Gives a path to write to; what is there becomes `output` at the end of the block.
+    """Gives a path to write to, and renames the file to `output` at the end of the block.
 
-    If the block fails nothing is left. Raises UserError for a path that cannot be written.
+    Removes the file if the block fails. Raises UserError if the path cannot be written.
     """
     unfinished = f'{output}.unfinished'
     try:
@@ -95,36 +83,38 @@ def whole_file(output: str) -> Iterator[str]:
     except BaseException as error:
         if os.path.isfile(unfinished):
             os.remove(unfinished)
-        # safetensors has an exception of its own, with the system's error in its text
+        # The exception of safetensors has the system's error in its text.
         if isinstance(error, OSError) or 'I/O' in str(error) or 'os error' in str(error):
             raise UserError(f'--output={output}: cannot be written ({error})') from error
         raise
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether the error, of Python or of a library's C++, says that a disk or a quota is full."""
+    """Whether an error says that a disk or a quota is full; it may come from a library's C++."""
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, 'errno', None) in full or any(os.strerror(n) in str(error) for n in full)
 
 
 def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns its exit code, with the user's errors as a line on stderr."""
+    """Runs a command line and returns its exit code; prints the user's errors as one line."""
     try:
         run(sys.argv[1:] if argv is None else argv)
     except (UserError, PassingError) as error:
-        print(f'psp_jax: error: {error}', file=sys.stderr)
+        print_error(error)
         return 2 if isinstance(error, UserError) else 1
+    except Stopped as stopped:
+        if str(stopped):
+            print(f'psp_jax: {stopped}', file=sys.stderr, flush=True)
+        return stopped.code
     except KeyboardInterrupt:
-        print('psp_jax: interrupted', file=sys.stderr)
-        return 130
+        print('psp_jax: interrupted', file=sys.stderr, flush=True)
+        return INTERRUPTED
     except Exception as error:
         if not disk_is_full(error):
             raise
         where = getattr(error, 'filename', None) or 'the working directory'
-        print(
-            f'psp_jax: error: no space left on the disk of {where}; free some and run the same '
-            'command again',
-            file=sys.stderr,
+        print_error(
+            f'no space left on the disk of {where}; free some and run the same command again'
         )
         return 2
     return 0

@@ -27,7 +27,7 @@ from psp_jax.model import pspnet
 from psp_jax.model.geometry import Size
 from psp_jax.predict import Predictor, labels_png
 from psp_jax.report import console, html, pictures
-from psp_jax.runtime import checkpoint, cluster, preemption
+from psp_jax.runtime import checkpoint, preemption
 from psp_jax.state import Setup, setup
 
 
@@ -316,7 +316,7 @@ def prediction_writer(
 def can_be_scored(source: Source, threads: int) -> bool:
     """Whether `source` holds classes, which the first process finds out for all."""
     found = jax.process_index() == 0 and holds_classes(source, threads)
-    return bool(cluster.exchange('classes' if found else '')[0])
+    return bool(multihost_utils.broadcast_one_to_all(np.array(found)))
 
 
 def evaluate_checkpoint(
@@ -331,7 +331,7 @@ def evaluate_checkpoint(
     step = int(multihost_utils.broadcast_one_to_all(np.asarray(step)))
     config = config or checkpoint.config_of(path, step, overrides)
     preemption.still_alive(config.hang_seconds)
-    console.say('\n'.join(preemption.table()))
+    console.say('\n'.join(preemption.process_lines()))
     folder, where = folder_of(workdir, step, config), path / str(step)
     try:
         tf.io.gfile.makedirs(folder)

@@ -1,34 +1,37 @@
 """The command line: `python -m psp_jax.main --config configs/camvid.py`.
 
-Heavy modules are imported only once the flags are known to be good, so that --help and a misspelt
-flag answer at once.
+Heavy modules are imported only after the flags are checked, so that --help and a misspelt flag
+answer at once.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from psp_jax.command_line import Parser, exit_code, quieten_libraries, split_overrides
 from psp_jax.runtime import preemption
 
-FLAGS = (
-    *('--config', '--workdir', '--mode', '--checkpoint'),
-    *('--images', '--output', '--probabilities', '--topology', '--help'),
-    *('--coordinator_address', '--num_processes', '--process_id'),
-)
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+USAGE = """\
+%(prog)s --config configs/NAME.py[:arg=value,...] [--workdir DIR] [--mode MODE] \
+[--config.key=value ...]"""
 EPILOG = """\
 modes:
-  train    train, evaluate and checkpoint as the config says; where DIR holds a checkpoint, the run
-           continues from it
-  eval     score a checkpoint: DIR/eval/metrics.json, and beside it a report to look at
-  predict  label maps and overlays of --images PICTURE_OR_DIR_OR_GLOB in --output DIR
+  train    train, evaluate and checkpoint as the config says; continues by itself if DIR holds a
+           checkpoint (--workdir DIR alone continues it: the configuration is in the checkpoint)
+  eval     score a checkpoint: DIR/eval/metrics.json, and a report to look at beside it
+  predict  label maps and overlays of --images IMAGE_OR_DIR_OR_GLOB in --output DIR
   export   write a checkpoint to --output FILE: its weights under semseg's names (.safetensors), or
            the network as a program for jax alone (.jaxexport)
   dry_run  what a run needs (memory, FLOPs, communication) and whether it fits, from compiling it:
-           for this machine, or for --topology v5e:2x4 (TPUs) or h100:8, h100:2x8 (cards; hosts x
-           cards) without having them; the figures as JSON in --output FILE
-  eval, predict and export take the configuration from the checkpoint unless --config is given.
+           for this machine, or without having them for --topology v5e:2x4 (TPUs) or h100:8,
+           h100:2x8 (GPUs; hosts x GPUs); the figures as JSON in --output FILE
+  All but dry_run take the configuration from the checkpoint unless --config is given.
 
 keys: psp_jax/config.py lists them all with their defaults. A value has the type of the default:
   --config.total_steps=1000  --config.data.root=/data/ade  --config.model.reduce=false
@@ -37,156 +40,227 @@ keys: psp_jax/config.py lists them all with their defaults. A value has the type
 examples:
   python -m psp_jax.main --config configs/scenes.py
   python -m psp_jax.main --config configs/ade20k.py:depth=101,recipe=paper --workdir runs/r101
+  python -m psp_jax.main --workdir runs/r101
   python -m psp_jax.main --mode eval --workdir runs/r101 --checkpoint best
   python -m psp_jax.main --mode predict --workdir runs/r101 --images photos --output labels
 
-many processes: the same command on each, which finds the others on Cloud TPU, Slurm and Open MPI;
-  elsewhere by --coordinator_address, --num_processes and --process_id
+several processes: run the same command in each. On Cloud TPU, Slurm and Open MPI they find each
+  other; elsewhere give --coordinator_address, --num_processes and --process_id
 
-exit codes: 0 done, 2 an error of the user's (one line on stderr says which), 75 stopped by SIGTERM
-  (run the same command again; training goes on from a checkpoint), 69 other processes did not come,
-  130 interrupted, 1 a disk or a network that did not answer (one line says which), or a bug
+exit codes: 0 done; 2 an error of yours (one line on stderr says which); 75 stopped by SIGTERM and
+  130 by Ctrl-C, with the last step saved (run the same command again); 69 other processes did not
+  start; 1 a disk or a network that did not answer (one line says which), or a bug
 """
+
+
+@dataclass(frozen=True)
+class Call:
+    """A checked command line: what a mode needs."""
+
+    flags: argparse.Namespace
+    overrides: list[str]  # the `--config.key=value` words
+    config: 'ConfigDict | None'  # None if it is to be taken from the checkpoint
+    name: str  # of the run
+    workdir: str
+
+    @property
+    def which(self) -> str:
+        """The checkpoint that --checkpoint means."""
+        return self.flags.checkpoint or 'latest'
+
+
+def train(call: Call) -> None:
+    # The imports take seconds, in which signals should be heard.
+    with preemption.listening():
+        from psp_jax import train
+        from psp_jax.runtime import checkpoint
+
+        config = call.config or checkpoint.newest_config(call.workdir, call.overrides)
+        train.train_and_evaluate(config, call.workdir, call.name)
+
+
+def evaluate(call: Call) -> None:
+    from psp_jax import evaluate
+
+    evaluate.evaluate_checkpoint(call.config, call.workdir, call.which, call.overrides)
+
+
+def predict(call: Call) -> None:
+    from psp_jax import predict
+
+    flags = call.flags
+    where = call.config, call.workdir, call.which, call.overrides
+    predict.predict_checkpoint(*where, flags.images, flags.output, bool(flags.probabilities))
+
+
+def export(call: Call) -> None:
+    from psp_jax import export
+
+    where = call.config, call.workdir, call.which, call.overrides
+    export.export_checkpoint(*where, call.flags.output)
+
+
+def dry_run(call: Call) -> None:
+    from psp_jax.dry_run import examine
+
+    assert call.config is not None  # FLAGS says so
+    examine.dry_run(call.config, call.name, call.flags.topology, call.flags.output)
+
+
+MODES: dict[str, Callable[[Call], None]] = {
+    'train': train,
+    'eval': evaluate,
+    'predict': predict,
+    'export': export,
+    'dry_run': dry_run,
+}
+ALL = tuple(MODES)
+SEVERAL_PROCESSES = ('train', 'eval')  # the modes that may run in several processes
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag: its value in --help (empty for a switch), the modes that it goes with, its help."""
+
+    value: str
+    modes: Sequence[str]
+    help: str
+    needed: Sequence[str] = ()  # the modes that cannot do without it
+    kind: type = str
+
+
+FLAGS = {
+    'config': Flag(
+        'FILE[:ARGS]',
+        ALL,
+        'a config file and its arguments: configs/ade20k.py:depth=101',
+        needed=('dry_run',),
+    ),
+    'workdir': Flag(
+        'DIR', ALL, 'where checkpoints and results go (default: runs/NAME of the config)'
+    ),
+    'checkpoint': Flag(
+        'WHICH',
+        ('eval', 'predict', 'export'),
+        'for eval, predict, export: latest (default), best, a step number or a path',
+    ),
+    'images': Flag(
+        'WHICH', ('predict',), 'for predict: an image, a folder or a quoted glob', ('predict',)
+    ),
+    'output': Flag(
+        'PATH',
+        ('predict', 'export', 'dry_run'),
+        'for predict: a folder; for export, dry_run: a file',
+        ('predict', 'export'),
+    ),
+    'probabilities': Flag(
+        '', ('predict',), 'for predict: the probabilities too, as .npy of float16 [H, W, classes]'
+    ),
+    'topology': Flag(
+        'NAME', ('dry_run',), 'for dry_run: the machines to compile for (default: this one)'
+    ),
+    'coordinator_address': Flag(
+        'HOST:PORT', SEVERAL_PROCESSES, 'of process 0 of several, if the cluster does not tell it'
+    ),
+    'num_processes': Flag('N', SEVERAL_PROCESSES, 'with it: how many processes', kind=int),
+    'process_id': Flag('I', SEVERAL_PROCESSES, 'with it: which process this is, from 0', kind=int),
+}
+VARIABLES = {  # they stand for flags that are not given, in the modes that take them
+    'coordinator_address': 'JAX_COORDINATOR_ADDRESS',
+    'num_processes': 'JAX_NUM_PROCESSES',
+    'process_id': 'JAX_PROCESS_ID',
+}
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags, and the `--config.key=value` words in their order.
 
-    Raises UserError for an unknown flag, a missing or an illegal value.
+    Raises UserError if a flag is unknown, or its value is missing or illegal.
     """
     overrides, words = split_overrides(argv)
     parser = Parser(
         prog='python -m psp_jax.main',
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage='%(prog)s --config configs/NAME.py[:arg=value,...] [--workdir DIR] [--mode MODE] '
-        '[--config.key=value ...]',
+        usage=USAGE,
         description='Trains, evaluates, runs and exports PSPNet.',
     )
     parser.add_argument(
-        '--config',
-        metavar='FILE[:ARGS]',
-        help='a config file and its arguments: configs/ade20k.py:depth=101',
-    )
-    parser.add_argument(
-        '--workdir',
-        metavar='DIR',
-        help='where checkpoints and results go (default: runs/NAME of the config)',
-    )
-    parser.add_argument(
         '--mode',
-        choices=('train', 'eval', 'predict', 'export', 'dry_run'),
+        choices=ALL,
         default='train',
-        help='train (default), eval, predict, export or dry_run',
+        help='train (default), eval, predict, export, dry_run',
     )
-    parser.add_argument(
-        '--checkpoint',
-        metavar='WHICH',
-        help='for all but train: latest (default), best, a step number or a path',
-    )
-    parser.add_argument(
-        '--images', metavar='WHICH', help='for predict: a picture, a folder or a quoted glob'
-    )
-    parser.add_argument(
-        '--output', metavar='PATH', help='for predict: a folder; for export, dry_run: a file'
-    )
-    parser.add_argument(
-        '--probabilities',
-        action='store_true',
-        help='for predict: the probabilities too, as .npy of float16 [H, W, classes]',
-    )
-    parser.add_argument(
-        '--topology',
-        metavar='NAME',
-        help='for dry_run: machines to compile for (default: this one)',
-    )
-    parser.add_argument(
-        '--coordinator_address',
-        metavar='HOST:PORT',
-        help='of the first of several processes, where the cluster does not say it',
-    )
-    parser.add_argument('--num_processes', metavar='N', type=int, help='with it: how many')
-    parser.add_argument('--process_id', metavar='I', type=int, help='with it: which, from 0')
+    for name, flag in FLAGS.items():
+        if flag.value:
+            parser.add_argument(f'--{name}', metavar=flag.value, type=flag.kind, help=flag.help)
+        else:
+            parser.add_argument(f'--{name}', action='store_true', default=None, help=flag.help)
     flags, unknown = parser.parse_known_args(words)
     if unknown and unknown[0].startswith('-'):
         from psp_jax.config_values import nearest
 
-        flag = unknown[0].partition('=')[0]
-        parser.error(f'flag {flag} is unknown; did you mean {nearest(flag, FLAGS)}?')
+        word = unknown[0].partition('=')[0]
+        names = [f'--{name}' for name in ('help', 'mode', *FLAGS)]
+        parser.error(f'flag {word} is unknown; did you mean {nearest(word, names)}?')
     if unknown:
         parser.error(f'{unknown[0]!r} belongs to no flag')
-    if flags.mode in ('train', 'dry_run') and flags.config is None:
-        parser.error(f'--mode {flags.mode} needs --config, such as --config configs/scenes.py')
-    if flags.mode == 'dry_run' and flags.checkpoint is not None:
-        parser.error('--checkpoint is for the other modes; a dry run touches none')
-    if flags.mode == 'train' and flags.checkpoint is not None:
-        parser.error('--checkpoint is for the other modes; training continues from --workdir')
+    for name, flag in FLAGS.items():
+        given = getattr(flags, name) is not None
+        if given and flags.mode not in flag.modes:
+            modes = ' or '.join(flag.modes)
+            parser.error(f'--{name} is for --mode {modes}, not for {flags.mode}')
+        if not given and flags.mode in flag.needed:
+            parser.error(f'--mode {flags.mode} needs --{name} {flag.value}')
     if flags.workdir is None and flags.config is None:
-        parser.error(f'--mode {flags.mode} needs --config or --workdir')
-    if flags.mode != 'dry_run' and (
-        (flags.mode in ('predict', 'export')) != (flags.output is not None)
-    ):
-        parser.error('--output PATH goes together with --mode predict, export or dry_run')
-    if flags.topology is not None and flags.mode != 'dry_run':
-        parser.error('--topology NAME goes together with --mode dry_run')
-    if (flags.mode == 'predict') != (flags.images is not None):
-        parser.error('--images WHICH goes together with --mode predict')
-    joins = (flags.coordinator_address, flags.num_processes, flags.process_id)
-    if flags.mode not in ('train', 'eval') and joins != (None, None, None):
-        parser.error(f'--mode {flags.mode} runs in one process')
-    if flags.probabilities and flags.mode != 'predict':
-        parser.error('--probabilities goes together with --mode predict')
+        parser.error(
+            f'--mode {flags.mode} needs --config, such as --config configs/scenes.py, or the '
+            '--workdir of a run'
+        )
+    if flags.mode in SEVERAL_PROCESSES:
+        check_processes(flags, parser)
     return flags, overrides
 
 
-@preemption.told_to_all()
+def check_processes(flags: argparse.Namespace, parser: Parser) -> None:
+    """Completes the flags about processes from the environment; raises UserError if they clash."""
+    for name, variable in VARIABLES.items():
+        if getattr(flags, name) is None and os.environ.get(variable):
+            found = parser.parse_args([f'--{name}', os.environ[variable]])
+            setattr(flags, name, getattr(found, name))
+    address, count, index = (getattr(flags, name) for name in VARIABLES)
+    if (address, count, index) in ((None, None, None), (None, 1, None), (None, 1, 0)):
+        return
+    if address is None or ':' not in address:
+        parser.error(
+            f'--coordinator_address={address}: must be HOST:PORT of process 0, the same in all '
+            'processes'
+        )
+    if count is None or index is None:
+        parser.error('--coordinator_address needs --num_processes and --process_id')
+    if not 0 <= index < count:
+        parser.error(f'--process_id={index}: must be from 0 to {count - 1}')
+
+
 def run(argv: Sequence[str]) -> None:
-    """Does what the flags say; raises UserError for what is the user's to mend."""
+    """Does what the flags say. Raises UserError if the user has to correct something."""
     flags, overrides = parse_flags(argv)
     from psp_jax.config_check import config_name, load_config
 
-    config = load_config(flags.config, overrides) if flags.config else None
-    name = (
-        config_name(flags.config)
-        if flags.config
-        else os.path.basename(os.path.normpath(flags.workdir))
-    )
-    workdir = flags.workdir or os.path.join('runs', name)
-
+    config, name = None, os.path.basename(os.path.normpath(flags.workdir or ''))
+    if flags.config:
+        config, name = load_config(flags.config, overrides), config_name(flags.config)
     quieten_libraries()
-    if flags.mode in ('train', 'eval'):
-        preemption.start(flags.coordinator_address, flags.num_processes, flags.process_id)
-    else:
-        preemption.alone()
-    which = flags.checkpoint or 'latest'
-    if config is not None and flags.mode == 'train':
-        from psp_jax import train
-
-        train.train_and_evaluate(config, workdir, name)
-    elif config is not None and flags.mode == 'dry_run':
-        from psp_jax.dry_run import examine
-
-        examine.dry_run(config, name, flags.topology, flags.output)
-    elif flags.mode == 'eval':
-        from psp_jax import evaluate
-
-        evaluate.evaluate_checkpoint(config, workdir, which, overrides)
-    elif flags.mode == 'predict':
-        from psp_jax import predict
-
-        predict.predict_checkpoint(
-            config, workdir, which, overrides, flags.images, flags.output, flags.probabilities
-        )
-    else:
-        from psp_jax import export
-
-        export.export_checkpoint(config, workdir, which, overrides, flags.output)
+    if flags.mode in SEVERAL_PROCESSES:
+        place = flags.coordinator_address, flags.num_processes, flags.process_id
+        preemption.join(*place, trains=flags.mode == 'train')
+    workdir = flags.workdir or os.path.join('runs', name)
+    MODES[flags.mode](Call(flags, overrides, config, name, workdir))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line, or in a Python session `argv`, and returns the exit code."""
-    with preemption.listening(for_good=argv is None):
-        return preemption.ended(lambda: exit_code(run, argv))
+    return preemption.run_to_the_end(lambda: exit_code(run, argv))
 
 
 if __name__ == '__main__':

@@ -30,7 +30,7 @@ from psp_jax.model import pspnet
 from psp_jax.model.geometry import crop_size
 from psp_jax.report import console
 from psp_jax.report.writer import RunLog
-from psp_jax.runtime import checkpoint, cluster, preemption, resume
+from psp_jax.runtime import checkpoint, preemption, resume
 from psp_jax.state import Setup, TrainState, jit_for_one_call, new_state, setup
 
 
@@ -92,7 +92,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
         f'psp_jax {name}: {mesh.size} {jax.devices()[0].platform} device(s), '
         f'{jax.process_count()} process(es), workdir {workdir}'
     )
-    console.say('\n'.join(preemption.table()))
+    console.say('\n'.join(preemption.process_lines()))
     source, eval_source = open_data(config)
     console.say(optimizer.table(run.shapes.params, config.optimizer))
     evaluator = evaluate.Evaluator(run, eval_source)
@@ -100,7 +100,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     with checkpoint.open_manager(workdir, config.checkpoint_keep) as manager:
         # ---- What the run starts from
         first, state = starting_state(run, manager, source, mesh)
-        evaluated = not due(first, config) or is_scored(manager, first)
+        evaluated = not due(first, config) or resume.has_metrics(manager, first)
         if first == config.total_steps and evaluated:
             console.say(f'step {first} is the last: the run is finished')
             return state
@@ -116,7 +116,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
             if batch is not None:
                 step_fn = compiled(compile_step(run, mesh), state, batch)
             for step in range(first + 1, config.total_steps + 1):
-                if preemption.stops_before(step):
+                if preemption.stop_requested():
                     break
                 state, scalars = step_fn(state, batch)
                 with log.reading(scalars):
@@ -135,7 +135,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
             if unread:  # stopped after a step that is not saved yet
                 read_step(*unread, source, log)
                 save(manager, unread[0], state, config, source)
-    preemption.finish()
+    preemption.finish(int(state.step), workdir)
     return state
 
 
@@ -175,8 +175,6 @@ def starting_state(
     """
     config = run.config
     make_state = jit_for_one_call(lambda: new_state(run), out_shardings=replicated(mesh))
-    checkpoint.check_shared(manager)
-    preemption.wait_for(manager.wait_until_finished)
     steps = resume.saved_steps(manager)
     if steps and not steps[-1]:
         workdir = manager.directory.parent
@@ -186,7 +184,7 @@ def starting_state(
         )
     if steps:
         target = on_devices(run.shapes, mesh)
-        first, state = resume.newest_state(manager, steps, config, source, target)
+        first, state = resume.newest_state(manager, steps, config, source.length, target)
         console.say(f'continuing from step {first} of {manager.directory / str(first)}')
         return first, state
     if config.init_from:
@@ -245,12 +243,6 @@ def read_step(step: int, scalars: dict[str, jax.Array], source: Source, log: Run
 def due(step: int, config: ConfigDict) -> bool:
     """Whether a step is evaluated."""
     return step > 0 and (step % config.eval_every == 0 or step == config.total_steps)
-
-
-def is_scored(manager: checkpoint.Manager, step: int) -> bool:
-    """Whether a saved step was evaluated, as process 0 sees it: all must do the same."""
-    scored = manager.metrics(step) is not None
-    return bool(cluster.exchange('scored' if scored else '')[0])
 
 
 def save(

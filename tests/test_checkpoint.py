@@ -73,13 +73,6 @@ def test_a_part_of_a_state_comes_back_alone(saved):
     assert_same(checkpoint.restore(saved, 3, shapes(part)), part)
 
 
-@pytest.mark.filterwarnings('ignore:Sharding info not provided')  # arrays go to this device
-def test_names_in_a_checkpoint_are_readable_without_this_package(saved):
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.restore(saved / '3' / 'state')
-    np.testing.assert_array_equal(tree['params']['head']['bias'], np.full(4, np.float32(3 / 7)))
-
-
 def test_configuration_and_versions_come_back(saved):
     assert checkpoint.read_meta(saved, 3) == META
 
@@ -89,8 +82,8 @@ import sys
 import jax
 jax.config.update('jax_num_cpu_devices', 8)
 import numpy as np
-from psp_jax import checkpoint
 from psp_jax.mesh import local_mesh, on_devices, replicated
+from psp_jax.runtime import checkpoint
 from test_checkpoint import META, a_state, shapes
 
 assert jax.device_count() == 8
@@ -203,11 +196,6 @@ def test_the_newest_and_the_best_are_kept(tmp_path, metrics, keep, kept):
     assert steps_in(save(tmp_path, metrics, keep)) == kept
 
 
-def test_the_best_of_all_runs_stays_when_a_run_goes_on(tmp_path):
-    save(tmp_path, {1: 0.9, 2: 0.1}, keep=1)
-    assert steps_in(save(tmp_path, {3: 0.2, 4: None}, keep=1)) == [1, 4]
-
-
 def test_a_checkpoint_is_found_by_name_step_and_path(tmp_path, monkeypatch):
     folder = save(tmp_path / 'a run', {10: 0.9, 20: 0.3, 30: None}, keep=3)
     monkeypatch.chdir(tmp_path)
@@ -217,7 +205,15 @@ def test_a_checkpoint_is_found_by_name_step_and_path(tmp_path, monkeypatch):
         assert checkpoint.find('elsewhere', str(path)) == (folder, 20)
 
 
-def test_there_is_no_best_where_nothing_was_evaluated(two):
+def test_a_checkpoint_comes_with_its_configuration_unless_one_is_given(trained):
+    workdir = str(trained.workdir)
+    path, step, config = checkpoint.find_with_config(None, workdir, '5', ['--config.seed=3'])
+    assert (path, step) == checkpoint.find(workdir, '5')
+    assert (config.total_steps, config.seed) == (10, 3)
+    assert checkpoint.find_with_config(config, workdir, 'latest', [])[1:] == (10, config)
+
+
+def test_there_is_no_best_if_nothing_was_evaluated(two):
     with pytest.raises(UserError, match='no checkpoint was evaluated; use --checkpoint latest'):
         checkpoint.find(str(two.parent), 'best')
 
@@ -262,30 +258,17 @@ def empty(path):
             file.write_bytes(b'')
 
 
-# The first array that cannot be read ends orbax's event loop; the others then speak up.
+# Orbax awaits one of many reads; asyncio reports the errors of the others.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize(
     'damage',
     [
-        lambda path: shutil.rmtree(path / 'state'),
         lambda path: shutil.rmtree(path / 'meta'),
-        lambda path: shutil.rmtree(path / 'state' / 'd'),
         lambda path: (path / 'state' / '_METADATA').unlink(),
         lambda path: empty(path / 'state' / 'd'),
-        lambda path: empty(path / 'meta'),
         lambda path: empty(path),
-        lambda path: [shutil.rmtree(path), path.mkdir()],
     ],
-    ids=[
-        'no state',
-        'no meta',
-        'no arrays',
-        'no list',
-        'empty arrays',
-        'empty meta',
-        'empty files',
-        'empty folder',
-    ],
+    ids=['no meta', 'no list', 'empty arrays', 'empty files'],
 )
 def test_a_damaged_checkpoint_is_named_in_one_line_and_can_be_removed(two, damage):
     damage(two / '2')
@@ -333,9 +316,8 @@ def test_a_folder_that_may_not_be_written_says_so_before_training(small_config, 
 
 
 @pytest.mark.parametrize('step', [1, 2])
-@pytest.mark.parametrize('text', ['', '\0\0', '{"mIoU": 0.', '{}', '[1]'])
-def test_torn_scores_count_as_none(tmp_path, step, text):
-    """A file of scores that a power cut left empty or cut off, of the newest or an older step."""
+@pytest.mark.parametrize('text', ['', '{"mIoU": 0.'])
+def test_a_truncated_metrics_file_counts_as_missing(tmp_path, step, text):
     folder = save(tmp_path / 'run', {1: 0.5, 2: 0.25})
     (folder / str(step) / 'metrics/metrics').write_text(text)
     scores = {1: {'mIoU': 0.5}, 2: {'mIoU': 0.25}}
@@ -345,16 +327,6 @@ def test_torn_scores_count_as_none(tmp_path, step, text):
         checkpoint.add_metrics(manager, step, scores[step], 1)  # the evaluation made up for
     assert checkpoint.find(str(tmp_path / 'run'), 'best') == (folder, 1)
     assert steps_in(folder) == [1, 2]
-
-
-def test_a_step_may_be_damaged_twice(two):
-    with checkpoint.open_manager(str(two.parent), 2) as manager:
-        assert checkpoint.set_aside(manager, 2) == '2.damaged'
-        checkpoint.save(manager, 2, a_state(2), META)
-        manager.wait_until_finished()
-        assert checkpoint.set_aside(manager, 2) == '2.damaged1'
-        assert list(manager.all_steps()) == [1]
-    assert sorted(path.name for path in two.iterdir()) == ['1', '2.damaged', '2.damaged1']
 
 
 @pytest.mark.parametrize(

@@ -489,8 +489,8 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_an_error():
     [
         ('--mode dry_run', '--mode dry_run needs --config'),
         ('--mode dry_run --workdir r', '--mode dry_run needs --config'),
-        ('--config configs/scenes.py --topology v5e:2x4', '--topology NAME goes together with'),
-        ('--mode dry_run --config c.py --checkpoint best', 'a dry run touches none'),
+        ('--config configs/scenes.py --topology v5e:2x4', '--topology is for --mode dry_run'),
+        ('--mode dry_run --config c.py --checkpoint best', '--checkpoint is for --mode eval'),
     ],
 )
 def test_flags_that_do_not_go_together(words, message, capsys):

@@ -8,7 +8,9 @@ import pytest
 
 import psp_jax
 from psp_jax.command_line import split_overrides
-from psp_jax.errors import UserError
+from psp_jax.config import to_json
+from psp_jax.config_check import load_config
+from psp_jax.errors import Stopped, UserError
 from psp_jax.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -92,8 +94,8 @@ def test_an_error_of_the_users_is_one_line_and_exit_code_2():
     ('argv', 'message'),
     [
         ('', '--mode train needs --config'),
-        ('--workdir runs/a', '--mode train needs --config'),
-        ('--mode eval', '--mode eval needs --config or --workdir'),
+        ('--mode eval', '--mode eval needs --config, such as --config configs/scenes.py, or the'),
+        ('--mode dry_run --workdir runs/a', '--mode dry_run needs --config FILE[:ARGS]'),
         ('--mode evla --config configs/scenes.py', "invalid choice: 'evla'"),
         ('--confg configs/scenes.py', 'flag --confg is unknown; did you mean --config?'),
         (
@@ -102,10 +104,16 @@ def test_an_error_of_the_users_is_one_line_and_exit_code_2():
         ),
         ('--config', '--config: expected one argument'),
         ('configs/scenes.py', "'configs/scenes.py' belongs to no flag"),
-        ('--config configs/scenes.py --checkpoint best', '--checkpoint is for the other modes'),
-        ('--mode export --workdir r', '--output PATH goes together with'),
-        ('--mode predict --workdir r --output o', '--images WHICH goes together with'),
-        ('--mode eval --workdir r --probabilities', '--probabilities goes together with'),
+        (
+            '--config configs/scenes.py --checkpoint best',
+            '--checkpoint is for --mode eval or predict or export',
+        ),
+        ('--mode export --workdir r', '--mode export needs --output PATH'),
+        ('--mode predict --workdir r --output o', '--mode predict needs --images WHICH'),
+        (
+            '--mode eval --workdir r --probabilities',
+            '--probabilities is for --mode predict, not for eval',
+        ),
         ('--config configs/scenes.py --config.seed', '--config.seed needs a value'),
         ('--config configs/scenes.py --config.seed --mode eval', '--config.seed needs a value'),
         ('--config configs/scene.py', 'configs/scene.py: there is no such file'),
@@ -139,6 +147,22 @@ def test_evaluation_takes_the_configuration_from_the_checkpoint_unless_given(cal
     assert (config.data.source, workdir, checkpoint) == ('scenes', 'runs/scenes', '300')
 
 
+def test_a_workdir_alone_continues_with_the_configuration_of_its_checkpoint(
+    calls, trained, small_config
+):
+    assert main(['--workdir', str(trained.workdir), '--config.log_every=3']) == 0
+    ((mode, config, workdir, name),) = calls
+    assert (mode, workdir, name) == ('train', str(trained.workdir), trained.workdir.name)
+    expected = load_config(str(small_config), ['--config.log_every=3'])
+    assert to_json(config) == to_json(expected)
+
+
+def test_a_workdir_alone_that_holds_no_checkpoint_says_so(calls, tmp_path, capsys):
+    assert main(['--workdir', str(tmp_path)]) == 2
+    assert f'{tmp_path}/checkpoints: holds no checkpoint' in capsys.readouterr().err
+    assert calls == []
+
+
 def test_overrides_keep_their_order_among_other_flags():
     argv = '--config.a=1 --workdir w --config.b -2 --mode eval --config.c'.split()
     assert split_overrides(argv) == (
@@ -156,6 +180,7 @@ def test_overrides_keep_their_order_among_other_flags():
             'psp_jax: error: 3.png: value 12 is no class',
         ),
         (KeyboardInterrupt(), 130, 'psp_jax: interrupted'),
+        (Stopped(75, 'step 7 is saved'), 75, 'psp_jax: step 7 is saved'),
         (
             OSError(errno.ENOSPC, 'No space left on device', 'a'),
             2,

@@ -1,101 +1,40 @@
-"""Promise 5, with real processes and real signals: SIGTERM at any moment, and other ends."""
+"""Promise 5, with real processes and real signals."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
-import numpy as np
 import pytest
-from several import flags_of_processes
-from test_resume import arrays_in
+from several import Processes, flags_of_processes, free_port
+from test_resume import arrays_in, assert_same_arrays
 
-from psp_jax.command_line import NOT_JOINED, PREEMPTED
-from psp_jax.data.pipeline import example_index
-from psp_jax.runtime import cluster
+from psp_jax.command_line import INTERRUPTED, NOT_JOINED, PREEMPTED
 
-ROOT = Path(__file__).parents[1]
-STOPPED = 'psp_jax: stopped by SIGTERM; run the same command again'
-PATIENCE = 240  # seconds; machines of continuous integration are slow
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings('ignore:Sharding info not provided'),  # arrays go to this device
-]
-
-
-class Started:
-    """Processes of one run, whose output goes to files."""
-
-    def __init__(self, folder, environment, words, hooks, count, devices):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.logs = [folder / f'process {i}' for i in range(count)]
-        self.processes = []
-        for log, place in zip(self.logs, flags_of_processes(count), strict=True):
-            with open(log, 'w') as file:
-                command = [sys.executable, 'tests/hooked_main.py', json.dumps(hooks), *words]
-                command += place if count > 1 else []
-                self.processes.append(
-                    subprocess.Popen(
-                        [str(word) for word in command],
-                        cwd=ROOT,
-                        env=os.environ
-                        | environment
-                        | {'JAX_NUM_CPU_DEVICES': str(devices), 'PYTHONPATH': str(ROOT)},
-                        stdout=file,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-
-    def text(self, which=0):
-        return self.logs[which].read_text()
-
-    def await_text(self, pattern, which=0):
-        """Returns as soon as a process has printed `pattern`."""
-        start = time.monotonic()
-        while not re.search(pattern, self.text(which)):
-            assert time.monotonic() < start + PATIENCE, f'no {pattern!r} in:\n{self.text(which)}'
-            assert self.processes[which].poll() is None, self.text(which)
-            time.sleep(0.02)
-
-    def send(self, sent=signal.SIGTERM, which=0):
-        self.processes[which].send_signal(sent)
-
-    def codes(self, seconds=PATIENCE):
-        """The exit codes of all processes, which have so long."""
-        try:
-            return [process.wait(seconds) for process in self.processes]
-        except subprocess.TimeoutExpired:
-            raise AssertionError('\n'.join(map(self.text, range(len(self.logs))))) from None
+slow = pytest.mark.slow
+pytestmark = pytest.mark.filterwarnings('ignore:Sharding info not provided')
+TWO_MINUTES = 120
 
 
 @pytest.fixture
 def start(small_config, programs, tmp_path):
-    """Starts a run of `small_config` in `tmp_path/run`, each time from another log folder."""
+    """Starts a run of `small_config` in `tmp_path/run`, or of `config`; None: of its checkpoint."""
     started = []
 
-    def run(*overrides, hooks=None, count=1, devices=1, workdir=tmp_path / 'run', cache=True):
-        words = ['--config', small_config, '--workdir', workdir, *overrides]
-        made = Started(
-            tmp_path / f'start {len(started)}',
-            programs if cache else {'JAX_ENABLE_COMPILATION_CACHE': 'false'},
-            words,
-            hooks or {},
-            count,
-            devices,
-        )
-        started.append(made)
-        return made
+    def run(*overrides, count=1, devices=1, workdir=tmp_path / 'run', config=small_config):
+        words = ['-m', 'psp_jax.main', '--workdir', workdir, *overrides]
+        words += ['--config', config] if config else []
+        places = flags_of_processes(count) if count > 1 else [[]]
+        environment = programs | {'JAX_NUM_CPU_DEVICES': str(devices)}
+        folder = tmp_path / f'start {len(started)}'
+        started.append(Processes(folder, [[*words, *place] for place in places], environment))
+        return started[-1]
 
     yield run
-    for one in started:
-        for process in one.processes:
-            process.kill()
+    for processes in started:
+        processes.kill()
 
 
 def steps_in(workdir):
@@ -107,148 +46,94 @@ def last_step(text):
     return int(re.findall(r'^step +(\d+)/', text, re.M)[-1])
 
 
-def assert_same_arrays(one, other):
-    """Of two checkpoints, or of what `arrays_in` gave of them."""
-    one, other = (x if isinstance(x, dict) else arrays_in(x) for x in (one, other))
-    assert one.keys() == other.keys()
-    assert [name for name in one if one[name].tobytes() != other[name].tobytes()] == []
+def assert_finished_like(workdir, straight):
+    """The last checkpoint, the losses and the evaluations are those of an uninterrupted run."""
+    assert_same_arrays(workdir / 'checkpoints/10', straight / 'checkpoints/10')
+    for name in ('eval/10-whole/metrics.json', 'eval/5-whole/metrics.json'):
+        mine, theirs = (json.loads((path / name).read_text()) for path in (workdir, straight))
+        assert {**mine, 'seconds': 0} == {**theirs, 'seconds': 0}
+    mine, theirs = (
+        [
+            (line['step'], line.get('loss'))
+            for line in map(json.loads, (path / 'metrics.jsonl').read_text().splitlines())
+        ]
+        for path in (workdir, straight)
+    )
+    assert mine == theirs
 
 
+@slow
 def test_nothing_is_lost(start, trained, tmp_path):
-    """Promise 5: SIGTERM while compiling, in training, in evaluation and right after a save.
+    """Promise 5: SIGTERM at start-up, in training and in an evaluation, and Ctrl-C in training.
 
-    Each ends in the exit code, with a finished checkpoint within a step; the last run ends with
-    the same bits, scores and kept checkpoints as the one that nothing interrupted.
+    Each ends with its exit code and a checkpoint of the last step. The last run ends with the bits
+    of the run that nothing interrupted.
     """
     workdir = tmp_path / 'run'
-    run = start(cache=False)
-    run.await_text('parameters')  # of the table before compiling
-    time.sleep(1)
+    run = start()
+    run.await_text('psp_jax')
     run.send()
-    assert run.codes(15) == [PREEMPTED] and STOPPED in run.text()
+    assert run.codes() == [PREEMPTED] and 'stopped before the first step' in run.text()
     assert steps_in(workdir) == []
 
     run = start()
-    run.await_text(r'step +2/10')
-    run.send()
-    assert run.codes() == [PREEMPTED]
+    run.await_text(r'^step +2/10')
+    run.send(signal.SIGINT)
+    assert run.codes() == [INTERRUPTED]
     (step,) = steps_in(workdir)
-    assert int(step) == last_step(run.text()) and 2 <= int(step) <= 4
-    before = arrays_in(workdir / 'checkpoints' / step)
+    assert int(step) == last_step(run.text()) and 2 <= int(step) <= 5
+    assert f'stopped by Ctrl-C; step {step} is saved. To continue: ' in run.text()
+    assert f'python -m psp_jax.main --workdir {workdir}\n' in run.text()
 
-    run = start(cache=False)
-    run.await_text('continuing from step')
-    time.sleep(1)
-    run.send()
-    assert run.codes(15) == [PREEMPTED] and 'compiled in' not in run.text()
-    assert steps_in(workdir) == [step]
-    assert_same_arrays(workdir / 'checkpoints' / step, before)
+    run = start(config=None)  # as the line above says
+    run.await_text(r'^step +5/10')
+    run.send()  # in the evaluation, or just before it
+    assert run.codes() == [PREEMPTED] and f'continuing from step {step} ' in run.text()
+    assert 'stopped by SIGTERM; step ' in run.text() and 'step 5  mIoU' in run.text()
 
-    run = start(hooks={'slow_images': 3})
-    run.await_text('continuing from step')
-    run.await_text('evaluating an image')
-    run.send()
-    assert run.codes(15) == [PREEMPTED]
-    assert run.text().count('evaluating an image') <= 2  # of three
-    assert steps_in(workdir) == [step, '5']
-    assert_same_arrays(workdir / 'checkpoints' / step, before)
-    assert not (workdir / 'checkpoints/5/metrics').exists()
-
-    run = start('--config.checkpoint_every=8', hooks={'term_after_save': 8})
-    assert run.codes() == [PREEMPTED]
-    text = run.text()
-    assert text.index('step 5  mIoU') < text.index('step  6/10')  # first what had been cut off
-    assert steps_in(workdir)[-1] in ('8', '9')
-
-    run = start('--config.checkpoint_every=8')
-    assert run.codes() == [0]
-    assert 'continuing from step' in run.text()
-    assert_same_arrays(workdir / 'checkpoints/10', trained.workdir / 'checkpoints/10')
-    for name in ('eval/10-whole/metrics.json', 'eval/5-whole/metrics.json'):
-        mine, theirs = (
-            json.loads((path / name).read_text()) for path in (workdir, trained.workdir)
-        )
-        assert {**mine, 'seconds': 0} == {**theirs, 'seconds': 0}
-    best = max(
-        (5, 10),
-        key=lambda step: json.loads((workdir / f'eval/{step}-whole/metrics.json').read_text())[
-            'mIoU'
-        ],
-    )
-    assert str(best) in steps_in(workdir) and '10' in steps_in(workdir)
-    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-    training = [line['step'] for line in lines if 'loss' in line]
-    assert training == list(range(1, 11))
-    assert [line['step'] for line in lines if 'loss' not in line] == [5, 10]
+    assert start().codes() == [0]
+    assert_finished_like(workdir, trained.workdir)
 
 
-def test_a_second_sigterm_ends_at_once(start, tmp_path):
-    run = start(hooks={'slow_save': 60})
-    run.await_text('saving')
-    run.send()
-    time.sleep(0.2)
-    run.send()  # the same one, by another way: of a shell and of the cluster
-    time.sleep(2)
-    assert run.processes[0].poll() is None
-    run.send()
-    assert run.codes(5) == [128 + signal.SIGTERM]
+@slow
+def test_an_evaluation_that_was_cut_off_is_made_up_for(start, trained, tmp_path):
+    workdir = tmp_path / 'run'
+    shutil.copytree(trained.workdir, workdir)
+    shutil.rmtree(workdir / 'checkpoints/10/metrics')
+    (workdir / 'checkpoints/5/metrics/metrics').write_text('{"mIoU": 0.')
+    run = start()
+    assert run.codes() == [0] and 'step 10  mIoU' in run.text()
+    assert (workdir / 'checkpoints/10/metrics/metrics').exists()
+    assert_finished_like(workdir, trained.workdir)
 
 
-def test_sigterm_to_one_process_of_two_stops_both(start, tmp_path):
-    """To the second in training, to the first in evaluation, to the second after a save."""
+@slow
+def test_two_processes_stop_at_the_same_step(start, tmp_path):
+    """SIGTERM to one of them, then Ctrl-C to both, then SIGTERM before the first step."""
     workdir, straight = tmp_path / 'run', tmp_path / 'straight'
-    ledger = tmp_path / 'ledger'
-    two = {'count': 2, 'devices': 1}
-    run = start(hooks={'batches': str(ledger)}, **two)
-    run.await_text(r'step +3/10')
-    run.send(which=1)
-    assert run.codes() == [PREEMPTED, PREEMPTED]
-    assert STOPPED in run.text(0) and STOPPED not in run.text(1)
-    (step,) = steps_in(workdir)
-    assert int(step) == last_step(run.text()) and 3 <= int(step) <= 5
-
-    run = start(hooks={'slow_images': 3, 'only': 0, 'batches': str(ledger)}, **two)
-    run.await_text('evaluating an image')
-    run.send()
-    assert run.codes(30) == [PREEMPTED, PREEMPTED]
-    assert steps_in(workdir) == sorted({step, '5'})
-
-    run = start('--config.checkpoint_every=8', hooks={'term_after_save': 8, 'only': 1}, **two)
-    assert run.codes() == [PREEMPTED, PREEMPTED]
-    assert steps_in(workdir)[-1] in ('8', '9')
-    assert start(**two).codes() == [0, 0]
-    assert start(workdir=straight, **two).codes() == [0, 0]
-    assert_same_arrays(workdir / 'checkpoints/10', straight / 'checkpoints/10')
-    # Every process read its own half of each batch.
-    rows = [json.loads(line) for line in ledger.read_text().splitlines()]
-    assert {(process, position % 2) for process, batch, _ in rows for position in batch} == {
-        (0, 0),
-        (1, 1),
-    }
-
-
-def test_sigterm_to_both_processes_at_once(start, tmp_path):
+    assert start(count=2, workdir=straight).codes() == [0, 0]
+    steps = []
+    for sent, to, code in (
+        (signal.SIGTERM, (1,), PREEMPTED),
+        (signal.SIGINT, (0, 1), INTERRUPTED),
+    ):
+        run = start(count=2)
+        run.await_text(r'^step +\d+/10')
+        run.send(sent, *to)
+        assert run.codes() == [code, code]
+        steps.append(last_step(run.text()))
+        assert str(steps[-1]) in steps_in(workdir)
+        assert f'step {steps[-1]} is saved' in run.text(0) and 'saved' not in run.text(1)
+    assert steps[0] < steps[1] < 10
     run = start(count=2)
-    run.await_text(r'step +2/10')
-    for which in (0, 1):
-        run.send(which=which)
-    assert run.codes() == [PREEMPTED, PREEMPTED]
-    (step,) = steps_in(tmp_path / 'run')
-    assert int(step) == last_step(run.text()) and 2 <= int(step) <= 4
+    run.await_text('parameters')
+    run.send()
+    assert run.codes() == [PREEMPTED, PREEMPTED] and 'before the first step' in run.text()
+    assert start(count=2).codes() == [0, 0]
+    assert_finished_like(workdir, straight)
 
 
-@pytest.mark.parametrize('which', [0, 1])
-def test_sigterm_while_the_first_process_reports_an_evaluation(start, trained, tmp_path, which):
-    """The second has finished by then, and is not alone in ending well."""
-    shutil.copytree(trained.workdir, tmp_path / 'run')
-    run = start('--mode', 'eval', count=2, hooks={'slow_report': 9, 'only': 0})
-    run.await_text('reporting')
-    time.sleep(4)
-    run.send(which=which)
-    assert run.codes(30) == [PREEMPTED, PREEMPTED]
-    assert STOPPED in run.text(0) and 'psp_jax: error' not in run.text(0) + run.text(1)
-
-
+@slow
 def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(start, trained, tmp_path):
     shutil.copytree(trained.workdir, tmp_path / 'run')
     for file in (tmp_path / 'run/checkpoints/10/state').rglob('*'):
@@ -256,50 +141,21 @@ def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(start, tra
             file.write_bytes(b'')
     run = start(count=2)
     assert run.codes() == [0, 0]
-    assert 'continuing from step 5' in run.text()
+    assert 'continuing from step 5' in run.text() and 'Traceback' not in run.text(0) + run.text(1)
     assert run.text().count('skipped, and renamed to 10.damaged') == 1
     assert steps_in(tmp_path / 'run') == ['10', '10.damaged', '5']
 
 
-def test_two_processes_start_from_what_the_first_one_sees(start, trained, tmp_path):
-    """Of checkpoints and scores that a shared disk shows to the second one later."""
-    shutil.copytree(trained.workdir, tmp_path / 'run')
-    shutil.rmtree(tmp_path / 'run/checkpoints/10')
-    run = start(count=2, hooks={'hidden': True, 'unreadable': 2, 'only': 1})
-    run.await_text(r'step +6/10')
-    run.send()
-    assert run.codes() == [PREEMPTED, PREEMPTED]
-    assert 'continuing from step 5' in run.text()
-    assert 'step 5  mIoU' not in run.text()  # it was evaluated before
-
-
-def test_a_checkpoint_that_only_one_process_can_read_ends_both(start, trained, tmp_path):
-    shutil.copytree(trained.workdir, tmp_path / 'run')
-    run = start(count=2, hooks={'unreadable': 3, 'only': 1})
-    assert run.codes() == [1, 1]
-    for which in (0, 1):
-        (line,) = [s for s in run.text(which).splitlines() if s.startswith('psp_jax: error: ')]
-        assert 'process 1 cannot read what others can: ' in line and '/run/checkpoints/10' in line
-        assert 'Traceback' not in run.text(which)
-    assert steps_in(tmp_path / 'run') == ['10', '5']
-
-
-def test_processes_that_do_not_share_the_working_directory_are_told(start, tmp_path):
-    run = start(count=2, hooks={'elsewhere': True, 'only': 1})
-    assert run.codes() == [2, 2]
-    line = f'psp_jax: error: {tmp_path}/run: process 1 does not see what process 0 writes there: '
-    assert line in run.text(0) and 'Traceback' not in run.text(0) + run.text(1)
-
-
+@slow
 @pytest.mark.parametrize(('count', 'devices'), [(1, 2), (2, 1)])
 def test_a_checkpoint_goes_on_elsewhere_with_the_same_loss(
     start, trained, tmp_path, count, devices, measured
 ):
-    """The step after a checkpoint of one device, on two and in two processes."""
+    """The step after a checkpoint of one device, on two devices and in two processes."""
     shutil.copytree(trained.workdir, tmp_path / 'run')
     shutil.rmtree(tmp_path / 'run/checkpoints/10')
     run = start(count=count, devices=devices)
-    run.await_text(r'step +7/10')
+    run.await_text(r'^step +7/10')
     run.send()
     assert run.codes() == [PREEMPTED] * count and 'continuing from step 5' in run.text()
     mine, theirs = (
@@ -312,125 +168,129 @@ def test_a_checkpoint_goes_on_elsewhere_with_the_same_loss(
     measured(f'loss after restoring on {count} x {devices}', abs(mine / theirs - 1), 1e-5)
 
 
-def test_a_slow_process_sees_the_checkpoints_that_the_other_is_about_to_remove(start, tmp_path):
-    keys = ('checkpoint_keep=1', 'checkpoint_every=99', 'eval_every=2')
-    words = [f'--config.{key}' for key in keys]
-    run = start(*words, count=2, hooks={'slow_reload': 2, 'only': 1})
-    assert run.codes() == [0, 0]
-    mious = {
-        step: json.loads((tmp_path / f'run/eval/{step}-whole/metrics.json').read_text())['mIoU']
-        for step in (2, 4, 6, 8, 10)
-    }
-    best = max(mious, key=mious.get)
-    assert steps_in(tmp_path / 'run') == sorted({str(best), '10'})
-    assert max(mious[4], mious[6], mious[8], mious[10]) > mious[2]  # one was removed so
+# ---- Signals and failures, without training
 
 
-def test_sigterm_at_start_up_ends_both_processes(start, tmp_path):
-    run = start(count=2, cache=False)
-    run.await_text('parameters')
-    run.send(which=1)
-    assert run.codes(30) == [PREEMPTED, PREEMPTED]
-    assert steps_in(tmp_path / 'run') == []
+@pytest.fixture
+def wait_in_steps(tmp_path):
+    """Starts a run of `count` processes whose steps only wait."""
+    started = []
+
+    def run(count, seconds=0.1, fails=-1):
+        places = flags_of_processes(count) if count > 1 else [[]]
+        commands = [['tests/stop_worker.py', seconds, fails, *place] for place in places]
+        started.append(Processes(tmp_path / 'logs', commands, {'JAX_PLATFORMS': 'cpu'}))
+        return started[-1]
+
+    yield run
+    for processes in started:
+        processes.kill()
 
 
-@pytest.mark.parametrize('which', [0, 1])
-def test_sigterm_before_the_processes_have_come_together_ends_both(start, tmp_path, which):
-    run = start(count=2, hooks={'slow_join': 4, 'only': 0, 'joining': PATIENCE})
-    for process in (1, 0):  # earlier, SIGTERM would end one that does not listen yet
-        run.await_text('joining', process)
-    run.send(which=which)
-    assert run.codes() == [PREEMPTED, PREEMPTED]
-    assert 'compiled' not in run.text()
+@pytest.mark.parametrize(
+    ('count', 'sent', 'to', 'moment', 'code'),
+    [
+        (1, signal.SIGTERM, (0,), 'step 3', PREEMPTED),
+        (1, signal.SIGTERM, (0,), 'starting', PREEMPTED),
+        (1, signal.SIGINT, (0,), 'starting', INTERRUPTED),
+        (2, signal.SIGTERM, (1,), 'step 3', PREEMPTED),
+        pytest.param(2, signal.SIGTERM, (0, 1), 'step 3', PREEMPTED, marks=slow),
+        pytest.param(2, signal.SIGINT, (0, 1), 'step 3', INTERRUPTED, marks=slow),
+        pytest.param(2, signal.SIGTERM, (0,), 'starting', PREEMPTED, marks=slow),
+        pytest.param(2, signal.SIGINT, (0, 1), 'starting', INTERRUPTED, marks=slow),
+    ],
+)
+def test_all_processes_stop_after_the_same_step(wait_in_steps, count, sent, to, moment, code):
+    run = wait_in_steps(count)
+    run.await_text(moment)
+    run.send(sent, *to)
+    assert run.codes(TWO_MINUTES) == [code] * count
+    steps = [re.findall(r'^step (\d+)', run.text(which), re.M) for which in range(count)]
+    assert all(each == steps[0] for each in steps) and len(steps[0]) < 100
+    if moment == 'starting':
+        assert not steps[0]
+        assert 'stopped before the first step; run the same command again' in run.text()
+    else:
+        assert f'step {steps[0][-1]} is saved. To continue: python -m psp_jax.main' in run.text()
+    assert 'psp_jax: stopped' not in ''.join(map(run.text, range(1, count)))
 
 
+def test_a_second_ctrl_c_ends_at_once(wait_in_steps):
+    run = wait_in_steps(1, seconds=100)
+    run.await_text('step 1')
+    run.send(signal.SIGINT)
+    run.await_text('Ctrl-C again ends at once')
+    run.send(signal.SIGINT)
+    assert run.codes(10) == [-signal.SIGINT]  # 130 in a shell
+
+
+@pytest.mark.parametrize('fails', [0, pytest.param(1, marks=slow)])
+def test_an_error_of_one_process_ends_the_other(wait_in_steps, fails):
+    run = wait_in_steps(2, fails=fails)
+    codes = run.codes(TWO_MINUTES)
+    assert codes[fails] == 2 and codes[1 - fails] not in (0, 2, PREEMPTED, INTERRUPTED)
+    assert run.text(fails).endswith('psp_jax: error: a bad file\n')
+    assert_says_that_another_ended(run.text(1 - fails))
+
+
+@slow
 @pytest.mark.parametrize('dead', [0, 1])
-def test_a_process_that_never_comes_ends_the_other(start, dead):
-    run = start(count=2, hooks={'patience': 10, 'slow_join': 99, 'only': dead})
-    run.await_text('joining', dead)
-    run.send(signal.SIGKILL, dead)
-    assert run.codes()[1 - dead] == NOT_JOINED
-    assert 'psp_jax: error: the 2 processes did not come together' in run.text(1 - dead)
-    assert 'Traceback' not in run.text(1 - dead)
+@pytest.mark.parametrize('sent', [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_dies_or_hangs_ends_the_other(wait_in_steps, dead, sent):
+    run = wait_in_steps(2)
+    run.await_text('step 3')
+    run.send(sent, dead)
+    code = run.processes[1 - dead].wait(TWO_MINUTES)
+    assert code not in (0, 2, PREEMPTED, INTERRUPTED)
+    assert_says_that_another_ended(run.text(1 - dead))
 
 
-@pytest.mark.parametrize(('dead', 'heartbeat'), [(0, 100), (1, 20)])
-def test_a_process_that_dies_does_not_leave_the_other_waiting(start, dead, heartbeat):
-    """The stated time: two minutes, of which JAX's heartbeat takes 100 s."""
-    assert cluster.HEARTBEAT_TIMEOUT == 100
-    run = start(count=2, hooks={'kill_at': 4, 'only': dead, 'heartbeat': heartbeat})
-    run.processes[dead].wait(PATIENCE)
-    codes = run.codes(heartbeat + 20)
-    assert codes[dead] == -signal.SIGKILL
-    assert codes[1 - dead] not in (0, 2, PREEMPTED)
+def assert_says_that_another_ended(text):
+    said = 'psp_jax: error: another process of the run ended|JAX distributed service detected fatal'
+    assert re.search(said, text) and 'Traceback' not in text
 
 
-def test_an_error_of_one_process_ends_all_with_its_line(start, photographs, tmp_path):
-    """A training example that only the second process reads, in mid-run."""
-    place = example_index(np.arange(20), 200, seed=0)
-    checked = set(np.linspace(0, 199, 64).round().astype(int).tolist())
-    bad = next(int(i) for i in place[5:12:2] if i not in checked)  # odd positions are process 1's
-    (tmp_path / 'torn.jpg').write_bytes(b'\xff\xd8')
-    lines = [f'{photographs}/train 0.jpg\t{photographs}/labels/train_0.png'] * 200
-    lines[bad] = f'{tmp_path}/torn.jpg\t{photographs}/labels/train_0.png'
-    (tmp_path / 'train.txt').write_text('\n'.join(lines))
-    run = start(f'--config.data.train={tmp_path}/train.txt', count=2)
+@slow
+def test_an_error_of_all_processes_is_one_line_in_each(start, tmp_path):
+    run = start('--config.data.train=nowhere.txt', count=2)
     assert run.codes() == [2, 2]
-    line = f'{tmp_path}/torn.jpg cannot be decoded'
-    assert f'psp_jax: error: {line}' in run.text(1)
-    assert f'psp_jax: error: process 1: {line}' in run.text(0)
-    assert 'Traceback' not in run.text(0) + run.text(1)
-
-    run = start(f'--config.data.train={tmp_path}/train.txt', '--config.data.on_error=skip', count=2)
-    assert run.codes() == [0, 0]
-    assert f'psp_jax: error: {line}' not in run.text(1) and f': {line}' in run.text(1)
-    (row,) = map(json.loads, (tmp_path / 'run/skipped-1.jsonl').read_text().splitlines())
-    assert line in row['error'] and row['position'] == place.tolist().index(bad)
-    assert not (tmp_path / 'run/skipped.jsonl').exists()
+    for which in (0, 1):
+        assert run.text(which).count('psp_jax: error: ') == 1
+        assert 'nowhere.txt' in run.text(which) and 'Traceback' not in run.text(which)
 
 
-def test_a_run_goes_on_with_other_processes_and_devices(start, trained, tmp_path):
-    """Two processes, then one with two devices, then one: the same examples at every step."""
-    ledgers = [tmp_path / f'ledger {i}' for i in range(3)]
-    run = start(count=2, hooks={'batches': str(ledgers[0])})
-    run.await_text(r'step +2/10')
-    run.send(which=1)
-    assert run.codes() == [PREEMPTED, PREEMPTED]
-    run = start(devices=2, hooks={'batches': str(ledgers[1])})
-    run.await_text(r'step +7/10')
-    run.send()
-    assert run.codes() == [PREEMPTED]
-    run = start(hooks={'batches': str(ledgers[2])})
-    assert run.codes() == [0]
-    said = [int(step) for step in re.findall(r'^step +(\d+)/', run.text(), re.M)]
-    assert said[-1] == 10
-    for i, ledger in enumerate(ledgers):
-        rows = [json.loads(line) for line in ledger.read_text().splitlines()]
-        steps = {}
-        for _, positions, _ in rows:
-            for position in positions:
-                steps.setdefault(position // 2, []).append(position)
-        assert all(sorted(found) == [2 * step, 2 * step + 1] for step, found in steps.items())
-        assert sorted(steps) == list(range(min(steps), max(steps) + 1))
-        assert min(steps) == 0 or i and min(steps) <= 9
-    assert max(steps) == 9
-    # Sums round differently, and training amplifies that: the first losses are equal still.
-    lines = (tmp_path / 'run/metrics.jsonl').read_text().splitlines()
-    mine, theirs = (
-        {row['step']: row['loss'] for row in map(json.loads, text) if 'loss' in row}
-        for text in (lines, (trained.workdir / 'metrics.jsonl').read_text().splitlines())
+@slow
+def test_processes_that_do_not_share_the_working_directory_say_so(small_config, programs, tmp_path):
+    commands = [
+        ['-m', 'psp_jax.main', '--config', small_config, '--workdir', tmp_path / f'run {i}', *place]
+        for i, place in enumerate(flags_of_processes(2))
+    ]
+    run = Processes(tmp_path / 'logs', commands, programs | {'JAX_NUM_CPU_DEVICES': '1'})
+    assert run.codes() == [2, 2]
+    assert 'process 1 does not see what process 0 writes there: set --workdir' in run.text()
+
+
+@slow
+@pytest.mark.parametrize('present', [0, 1])
+def test_a_process_that_never_starts_ends_the_other(present):
+    code = (
+        'from psp_jax.runtime import preemption; preemption.INITIALIZATION_TIMEOUT = 5; '
+        f'preemption.join("localhost:{free_port()}", 2, {present})'
     )
-    assert list(mine) == list(theirs) == list(range(1, 11))
-    assert mine[1] == pytest.approx(theirs[1], rel=1e-5)
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert run.returncode == NOT_JOINED
+    waits, error = run.stderr.splitlines()
+    assert f'process {present} waits for all 2 processes at localhost:' in waits
+    assert 'psp_jax: error: not all 2 processes at localhost:' in error and 'within 5 s' in error
 
 
-def test_a_full_disk_is_told_and_earlier_checkpoints_are_intact(start, trained, tmp_path):
+@slow
+def test_a_full_disk_is_one_line_and_earlier_checkpoints_are_intact(start, trained, tmp_path):
     disk = tmp_path / 'disk'
     disk.mkdir()
-    megabytes = sum(f.stat().st_size for f in (trained.workdir / 'checkpoints/5').rglob('*')) >> 20
-    options = f'size={megabytes * 5 // 2}m'
-    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', disk])
-    if mounted.returncode:
+    size = sum(f.stat().st_size for f in (trained.workdir / 'checkpoints/5').rglob('*'))
+    options = f'size={(size >> 20) * 5 // 2}m'
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', disk]).returncode:
         pytest.skip('may not mount a file system to fill')
     try:
         run = start('--config.checkpoint_every=1', workdir=disk / 'run')
@@ -438,12 +298,10 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_are_intact(start, trained, 
         (line,) = [line for line in run.text().splitlines() if 'psp_jax: error' in line]
         assert 'no space left on the disk' in line.lower() and 'Traceback' not in run.text()
         steps = [step for step in steps_in(disk / 'run') if step.isdigit()]
+        whole = arrays_in(trained.workdir / 'checkpoints/5').keys()
         assert steps
         for step in steps:
-            assert (
-                arrays_in(disk / 'run/checkpoints' / step).keys()
-                == arrays_in(trained.workdir / 'checkpoints/5').keys()
-            )
+            assert arrays_in(disk / 'run/checkpoints' / step).keys() == whole
         # With room for it the same command goes on.
         subprocess.run(['mount', '-o', 'remount,size=2g', disk], check=True)
         run = start('--config.checkpoint_every=5', workdir=disk / 'run')
@@ -452,8 +310,15 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_are_intact(start, trained, 
         subprocess.run(['umount', '-l', disk], check=True)
 
 
-def test_a_step_that_hangs_shows_all_stacks(start):
-    run = start('--config.hang_seconds=3', hooks={'hang_at': 3})
-    run.await_text(r'Timeout \(0:00:03\)!')
-    run.await_text('in train_and_evaluate')
-    assert run.processes[0].poll() is None
+def test_a_process_that_hangs_shows_its_stacks():
+    code = 'from psp_jax.runtime import preemption; preemption.still_alive(0.2); input()'
+    process = subprocess.Popen(
+        [sys.executable, '-c', code],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert 'Timeout' in process.stderr.readline()
+    finally:
+        process.kill()

@@ -1,17 +1,16 @@
-"""Checkpoints: the only file that knows orbax.
+"""Checkpoints: the only file that imports orbax.
 
 `WORKDIR/checkpoints/STEP/` holds the train state (arrays under names such as
-`params/backbone/stem_conv1/kernel`), and the resolved configuration with the versions that wrote
-it. Saving is asynchronous and atomic: a checkpoint that was cut off does not count.
+`params/backbone/stem_conv1/kernel`), the resolved configuration, the versions of the libraries, and
+the metrics of the step if it was evaluated. Saving is asynchronous and atomic: a checkpoint counts
+only once it is complete.
 """
 
+import contextlib
 import errno
-import itertools
 import json
 import os
-import time
-import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -26,26 +25,19 @@ from orbax.checkpoint import checkpoint_managers as policies
 from psp_jax.config_check import from_json
 from psp_jax.errors import PASSING_TEXTS, PassingError, UserError
 from psp_jax.mesh import local_mesh, on_devices
-from psp_jax.runtime import cluster
 from psp_jax.state import Setup
 
 
 class Unreadable(UserError):
-    """The files of a checkpoint are missing or broken."""
+    """The files of a checkpoint are missing or damaged."""
 
 
-# What orbax and tensorstore raise where files of a checkpoint are missing, cut off or changed.
+# What orbax and tensorstore raise if files of a checkpoint are missing, truncated or changed.
 _UNREADABLE = (OSError, KeyError, TypeError, ValueError)
 
 
-_SHARED_DISKS_TAKE = 60  # seconds at most, to show one process what another has written
-
-# Of these a later try may know more.
-_PASSING = (TimeoutError, ConnectionError)
-
-
 class Manager(ocp.CheckpointManager):
-    """Orbax's manager, for which torn scores are none: the step is evaluated again."""
+    """Orbax's manager, but a truncated metrics file counts as missing."""
 
     def metrics(self, step: int) -> dict[str, Any] | None:
         try:
@@ -55,20 +47,27 @@ class Manager(ocp.CheckpointManager):
         return found if isinstance(found, dict) and 'mIoU' in found else None
 
 
+# ---- Write
+
+
 def directory(workdir: str) -> epath.Path:
+    """The folder of a working directory's checkpoints; a working directory may be a bucket."""
     path = epath.Path(workdir) / 'checkpoints'
     return path if '://' in workdir else path.absolute()
 
 
 def open_manager(workdir: str, keep: int) -> Manager:
-    """A manager that keeps the newest `keep` checkpoints and the best by mIoU."""
+    """A manager that keeps the newest `keep` checkpoints and the best by mIoU, for a context.
+
+    Raises UserError if the working directory cannot be written, or if the processes of the run do
+    not have it in common.
+    """
     best = policies.BestN(
         get_metric_fn=lambda metrics: metrics['mIoU'], n=1, keep_checkpoints_without_metrics=False
     )
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
         best_fn=lambda metrics: metrics['mIoU'],
-        save_decision_policy=policies.FixedIntervalPolicy(1),  # train.py decides, not orbax
         cleanup_tmp_directories=True,  # of saves that were cut off
     )
     path = directory(workdir)
@@ -78,30 +77,24 @@ def open_manager(workdir: str, keep: int) -> Manager:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f'{path}: cannot be written ({error.strerror}); set --workdir') from error
+    if jax.process_count() > 1:
+        _check_shared(path)
     return Manager(path, options=options)
 
 
-def check_shared(manager: Manager) -> None:
-    """Raises UserError where the processes of a run do not have the working directory in common."""
-    if jax.process_count() == 1:
-        return
-    name = f'.seen-by-all-{uuid.uuid4().hex}'
-    mark = manager.directory / cluster.exchange(name)[0]
+def _check_shared(path: epath.Path) -> None:
+    """Raises UserError if some process does not see what process 0 writes to a folder."""
+    mark = path / '.seen-by-all'
     if jax.process_index() == 0:
-        for left in manager.directory.glob('.seen-by-all-*'):  # by processes that were killed
-            left.unlink(missing_ok=True)
         mark.touch()
-    cluster.exchange('written')
-    until = time.monotonic() + _SHARED_DISKS_TAKE
-    while not mark.exists() and time.monotonic() < until:
-        time.sleep(0.5)
-    seen = cluster.exchange('seen' if mark.exists() else '')
+    multihost_utils.sync_global_devices('mark')
+    seen = multihost_utils.process_allgather(np.array(mark.exists()))
     if jax.process_index() == 0:
-        mark.unlink(missing_ok=True)
-    if not all(seen):
+        mark.unlink()
+    if not seen.all():
         raise UserError(
-            f'{manager.directory.parent}: process {seen.index("")} does not see what process 0 '
-            'writes there: set --workdir to a folder on a disk that all share, or in a bucket'
+            f'{path.parent}: process {seen.argmin()} does not see what process 0 writes there: set '
+            '--workdir to a folder on a disk that all processes share, or in a bucket'
         )
 
 
@@ -112,20 +105,21 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def save(manager: Manager, step: int, state: Any, meta: dict[str, Any]) -> None:
-    """Starts saving."""
+    """Starts saving `state`, a tree of arrays, and `meta`, which becomes JSON."""
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(unflatten_dict(named_leaves(state), sep='/')),
         meta=ocp.args.JsonSave(meta),
     )
-    manager.save(step, args=items)
+    # Without `force` orbax asks JAX for a preemption at this step, and preemption.py counts alone.
+    manager.save(step, args=items, force=True)
 
 
 def add_metrics(manager: Manager, step: int, metrics: dict[str, Any], keep: int) -> None:
-    """Adds the scores of a saved step, 'mIoU' among them, and removes what is best no more.
+    """Adds the metrics of a saved step, 'mIoU' among them; removes checkpoints no longer kept.
 
-    Evaluation takes its time, and the state has to be safe by then: a checkpoint is saved first and
-    gets the file that orbax would have written with it afterwards, all at once. The first process
-    does it all, since others may see the changes of a shared disk later.
+    Orbax takes metrics only while it saves. But evaluation takes long, and the state has to be safe
+    before it begins. So this writes the file that orbax would have written. Process 0 does it all,
+    because others may see the changes of a shared disk later.
     """
     manager.wait_until_finished()
     folder = manager.directory / str(step) / 'metrics'
@@ -134,14 +128,11 @@ def add_metrics(manager: Manager, step: int, metrics: dict[str, Any], keep: int)
         unfinished = folder / 'unfinished'
         with unfinished.open('w') as file:
             file.write(json.dumps(metrics))
-            if '://' not in str(folder):
-                file.flush()
-                os.fsync(file.fileno())
         unfinished.replace(folder / 'metrics')
         manager.reload()
         steps = sorted(manager.all_steps())
         for old in {*steps[:-keep]} - {manager.best_step()}:
-            # By a name that orbax cleans away, should this end in between.
+            # Orbax cleans up this name if the process ends in between.
             gone = manager.directory / f'{old}{ocp.path.step.TMP_DIR_SUFFIX}'
             (manager.directory / str(old)).rename(gone).rmtree()
     multihost_utils.sync_global_devices(f'metrics of step {step}')
@@ -149,10 +140,11 @@ def add_metrics(manager: Manager, step: int, metrics: dict[str, Any], keep: int)
 
 
 def set_aside(manager: Manager, step: int) -> str:
-    """Renames a checkpoint that cannot be read, as its step is to be saved again; the new name."""
-    names = (f'{step}.damaged{n or ""}' for n in itertools.count())
-    name = next(name for name in names if not (manager.directory / name).exists())
+    """Renames a damaged checkpoint, so that its step can be saved again; returns the new name."""
+    name = f'{step}.damaged'
     if jax.process_index() == 0:
+        if (manager.directory / name).exists():
+            (manager.directory / name).rmtree()
         (manager.directory / str(step)).rename(manager.directory / name)
     multihost_utils.sync_global_devices(f'damaged step {step}')
     manager.reload()
@@ -160,13 +152,16 @@ def set_aside(manager: Manager, step: int) -> str:
 
 
 def save_variables(workdir: str, variables: dict[str, Any], meta: dict[str, Any]) -> None:
-    """Writes parameters and statistics that no training made as the checkpoint of step 0."""
+    """Writes imported `params` and `batch_stats` as the checkpoint of step 0."""
     with open_manager(workdir, 1) as manager:
         save(manager, 0, variables, meta)
 
 
+# ---- Find
+
+
 def find_in(source: str) -> tuple[epath.Path, int]:
-    """The (directory, step) of a working directory's newest checkpoint, or of a checkpoint."""
+    """Directory and step of a checkpoint's path, or of the newest one of a working directory."""
     if directory(source).exists():
         return find(source, 'latest')
     if not os.path.basename(source.rstrip('/')).isdigit():
@@ -175,7 +170,7 @@ def find_in(source: str) -> tuple[epath.Path, int]:
 
 
 def find(workdir: str, which: str) -> tuple[epath.Path, int]:
-    """The (directory, step) of a checkpoint: 'latest', 'best', a step, or a checkpoint's path."""
+    """Directory and step of a checkpoint: 'latest', 'best', a step, or the path of a checkpoint."""
     path = directory(workdir)
     if which not in ('latest', 'best') and not which.isdigit():
         path = epath.Path(os.path.normpath(which) if '://' not in which else which.rstrip('/'))
@@ -186,25 +181,32 @@ def find(workdir: str, which: str) -> tuple[epath.Path, int]:
                 'path of one, such as runs/NAME/checkpoints/STEP'
             )
     with reader(path) as manager:
-        steps = list(manager.all_steps())
-        if not steps:
-            raise UserError(f'{path}: holds no checkpoint; train first, or set --workdir')
-        if which == 'latest':
-            step = max(steps)
-        elif which == 'best':
-            best = manager.best_step()
-            if best is None:
-                raise UserError(f'{path}: no checkpoint was evaluated; use --checkpoint latest')
-            step = best
-        else:
-            step = int(which)
+        steps, best = sorted(manager.all_steps()), manager.best_step()
+    if not steps:
+        raise UserError(f'{path}: holds no checkpoint; train first, or set --workdir')
+    if which == 'best' and best is None:
+        raise UserError(f'{path}: no checkpoint was evaluated; use --checkpoint latest')
+    step = int({'latest': steps[-1], 'best': best}.get(which, which))
     if step not in steps:
-        raise UserError(f'{path}: holds no checkpoint of step {step}, but of {sorted(steps)}')
+        raise UserError(f'{path}: holds no checkpoint of step {step}, but of {steps}')
     return path, step
 
 
+def find_with_config(
+    config: ConfigDict | None, workdir: str, which: str, overrides: Iterable[str]
+) -> tuple[epath.Path, int, ConfigDict]:
+    """Directory and step of a checkpoint as `find`, and `config` or else the checkpoint's own.
+
+    `overrides` are `--config.key=value` flags on the checkpoint's own configuration. All processes
+    get the step that process 0 finds, because a training run may add checkpoints meanwhile.
+    """
+    path, step = find(workdir, which)
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+    return path, step, config or config_of(path, step, overrides)
+
+
 def reader(path: epath.Path) -> Manager:
-    """A manager that only reads, for a context."""
+    """A manager that only reads, for a context; each process opens it for itself."""
     handlers = {'state': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(
         read_only=True,
@@ -215,48 +217,56 @@ def reader(path: epath.Path) -> Manager:
 
 
 def _by_itself() -> ocp.options.MultiprocessingOptions:
-    """Of reading: each process for itself, since one that fails would leave the others waiting."""
+    """Each process reads for itself: if one fails, the others do not wait for it."""
     own = jax.process_index()
     return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
 
 
+# ---- Read
+
+
 def read_meta(path: epath.Path, step: int) -> dict[str, Any]:
     """What was saved beside the state: {'config': ..., 'versions': ...}."""
-    with reader(path) as manager:
-        try:
-            return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        except _UNREADABLE as error:
-            raise cannot_be_read(path / str(step), error) from error
+    with reader(path) as manager, _explained(path / str(step)):
+        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
 
 def config_of(path: epath.Path, step: int, overrides: Iterable[str] = ()) -> ConfigDict:
-    """The configuration that a checkpoint was made with, with `--config.key=value` flags on it.
+    """The configuration of a checkpoint, changed by `--config.key=value` flags.
 
-    Raises UserError for an unknown key and an illegal value.
+    Raises UserError if a flag has an unknown key or an illegal value.
     """
     return from_json(read_meta(path, step)['config'], overrides)
 
 
-def shapes(path: epath.Path, step: int, parts: Iterable[str]) -> dict[str, Any]:
-    """What was saved under the names that begin with one of `parts`: each with shape and dtype."""
+def newest_config(workdir: str, overrides: Iterable[str]) -> ConfigDict:
+    """The configuration of a run as `config_of`, from its newest checkpoint that is not damaged."""
+    path, newest = find(workdir, 'latest')
     with reader(path) as manager:
-        try:
-            found = manager.item_metadata(step)['state']
-            if found is None:
-                raise FileNotFoundError('its list of arrays is missing')
-            saved = flatten_dict(getattr(found, 'tree', found), sep='/')
-        except _UNREADABLE as error:
-            raise cannot_be_read(path / str(step), error) from error
+        older = sorted(set(manager.all_steps()) - {newest}, reverse=True)
+    for step in (newest, *older):
+        with contextlib.suppress(Unreadable):
+            return config_of(path, step, overrides)
+    return config_of(path, newest, overrides)  # raises what is wrong with it
+
+
+def shapes(path: epath.Path, step: int, parts: Iterable[str]) -> dict[str, Any]:
+    """The saved arrays under names that begin with one of `parts`: {name: its shape and dtype}."""
+    with reader(path) as manager, _explained(path / str(step)):
+        found = manager.item_metadata(step)['state']
+        if found is None:
+            raise FileNotFoundError('its list of arrays is missing')
+        saved = flatten_dict(getattr(found, 'tree', found), sep='/')
     return {name: leaf for name, leaf in saved.items() if name.split('/')[0] in parts}
 
 
 def restore(path: epath.Path, step: int, target: Any) -> Any:
-    """The saved values in the shape of `target`, a tree of arrays or ShapeDtypeStructs.
+    """The saved values in the structure of `target`, a tree of arrays or ShapeDtypeStructs.
 
-    `target` may be a part of what was saved (evaluation leaves the optimizer out), but what it has
-    must be there with the same names, shapes and dtypes, and within `params` and `batch_stats`
-    nothing may be left over. Raises UserError that lists what differs. Values take the
-    shardings of `target`, on any number of devices.
+    `target` may be a part of what was saved: evaluation leaves the optimizer out. But under each
+    first name that it has, such as `params`, all names, shapes and dtypes must be equal. Raises
+    UserError that lists the differences. Values get the shardings of `target`, on any number of
+    devices.
     """
     wanted = named_leaves(target)
     saved = shapes(path, step, {name.split('/')[0] for name in wanted})
@@ -268,71 +278,68 @@ def restore(path: epath.Path, step: int, target: Any) -> Any:
             f'{path / str(step)} is of another architecture than the configuration '
             f'(checkpoint / configuration): {shown}{more}'
         )
-    values = _read(
-        path,
-        step,
-        {
-            name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype)
-            for name, leaf in wanted.items()
-        },
-    )
+    arguments = {
+        name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype)
+        for name, leaf in wanted.items()
+    }
+    values = _read(path, step, arguments)
     return jax.tree.unflatten(jax.tree.structure(target), [values[name] for name in wanted])
 
 
-def restore_variables(run: Setup, path: epath.Path, step: int) -> dict[str, Any]:
+def restore_variables(setup: Setup, path: epath.Path, step: int) -> dict[str, Any]:
     """`params` and `batch_stats` of a checkpoint, on each of this process's devices.
 
-    Raises UserError if they do not fit the network of `run`.
+    Raises UserError if they do not fit the network of `setup`.
     """
-    mesh = local_mesh(run.config.mesh.data, run.config.mesh.space)
-    return restore(path, step, on_devices(run.variables, mesh))
+    mesh = local_mesh(setup.config.mesh.data, setup.config.mesh.space)
+    return restore(path, step, on_devices(setup.variables, mesh))
 
 
 def read_arrays(path: epath.Path, step: int, wanted: dict[str, Any]) -> dict[str, np.ndarray]:
     """The arrays of these names on the host, in the dtypes of `wanted`."""
-    return _read(
-        path,
-        step,
-        {
-            name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
-            for name, leaf in wanted.items()
-        },
-    )
+    arguments = {
+        name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+        for name, leaf in wanted.items()
+    }
+    return _read(path, step, arguments)
 
 
 def _read(path: epath.Path, step: int, arguments: dict[str, ocp.RestoreArgs]) -> dict[str, Any]:
     tree = unflatten_dict(arguments, sep='/')
     restoring = ocp.args.PyTreeRestore(item=tree, restore_args=tree, partial_restore=True)
-    handler = ocp.PyTreeCheckpointHandler()
-    with ocp.Checkpointer(handler, multiprocessing_options=_by_itself()) as checkpointer:
-        try:
+    handler, options = ocp.PyTreeCheckpointHandler(), _by_itself()
+    with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
+        with _explained(path / str(step)):
             found = checkpointer.restore(path / str(step) / 'state', args=restoring)
-        except _UNREADABLE as error:
-            raise cannot_be_read(path / str(step), error) from error
     return flatten_dict(found, sep='/')
 
 
-def cannot_be_read(path: epath.Path, error: Exception) -> Exception:
-    """What to tell of a checkpoint whose files are missing or broken, or cannot be had just now."""
-    reason = ' '.join(str(error).partition('[tensorstore_spec')[0].split())
-    if isinstance(error, PermissionError) or 'PERMISSION_DENIED' in reason:
-        return UserError(f'{path}: may not be read ({reason})')
-    if isinstance(error, _PASSING) or any(text in reason for text in PASSING_TEXTS):
-        return PassingError(f'{path}: cannot be read at the moment ({reason})')
-    return Unreadable(
-        f'{path}: cannot be read as a checkpoint of psp_jax ({reason}). If it is damaged, remove '
-        'this folder; then the one before it is the latest'
-    )
+@contextlib.contextmanager
+def _explained(path: epath.Path) -> Iterator[None]:
+    """Turns an error of reading into one for the user: damage, or a disk that does not answer."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        reason = ' '.join(str(error).partition('[tensorstore_spec')[0].split())
+        if isinstance(error, PermissionError) or 'PERMISSION_DENIED' in reason:
+            raise UserError(f'{path}: may not be read ({reason})') from error
+        passing = isinstance(error, (TimeoutError, ConnectionError))
+        if passing or any(text in reason for text in PASSING_TEXTS):
+            raise PassingError(f'{path}: cannot be read at the moment ({reason})') from error
+        raise Unreadable(
+            f'{path}: cannot be read as a checkpoint of psp_jax ({reason}). If it is damaged, '
+            'remove this folder; then the one before it is the latest'
+        ) from error
 
 
 def compare(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """One text for each name, shape or dtype that differs."""
-    differences = []
-    for name in sorted(saved.keys() | wanted.keys()):
-        texts = []
-        for leaves in (saved, wanted):
-            leaf = leaves.get(name)
-            texts.append('missing' if leaf is None else f'{leaf.dtype}{list(leaf.shape)}')
-        if texts[0] != texts[1]:
-            differences.append(f'{name} {texts[0]} / {texts[1]}')
-    return differences
+    """One text for each name whose shape or dtype differs, or that one side lacks."""
+
+    def described(leaf: Any) -> str:
+        return 'missing' if leaf is None else f'{leaf.dtype}{list(leaf.shape)}'
+
+    pairs = {
+        name: (described(saved.get(name)), described(wanted.get(name)))
+        for name in sorted(saved.keys() | wanted.keys())
+    }
+    return [f'{name} {here} / {there}' for name, (here, there) in pairs.items() if here != there]

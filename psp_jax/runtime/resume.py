@@ -1,45 +1,42 @@
-"""How a run that was interrupted goes on: from which checkpoint, and whether it is the same run."""
+"""How an interrupted run goes on: from which checkpoint, and whether it is the same run."""
 
-import json
-import time
 from typing import Any
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from psp_jax.config_check import from_json, resume_differences
-from psp_jax.data.sources import Source
 from psp_jax.errors import PassingError, UserError
 from psp_jax.report import console
-from psp_jax.runtime import checkpoint, cluster
-from psp_jax.state import TrainState
-
-_PAUSES = (5, 25)  # seconds
+from psp_jax.runtime import checkpoint
 
 
 def saved_steps(manager: checkpoint.Manager) -> list[int]:
-    """The steps of the checkpoints, from old to new, as the first process sees them.
+    """The steps of the checkpoints, from old to new, as process 0 sees them.
 
-    Shared disks may show them to others a little later.
+    A shared disk may show a new checkpoint to other processes later.
     """
-    return json.loads(cluster.exchange(json.dumps(sorted(manager.all_steps())))[0])
+    steps = np.array(sorted(manager.all_steps()), np.int32)
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    if jax.process_index():
+        steps = np.zeros(count, np.int32)
+    return np.asarray(multihost_utils.broadcast_one_to_all(steps)).tolist() if count else []
 
 
 def newest_state(
-    manager: checkpoint.Manager,
-    steps: list[int],
-    config: ConfigDict,
-    source: Source,
-    target: Any,
-) -> tuple[int, TrainState]:
-    """Step and state of the newest of `steps` that can be read; damaged ones are set aside.
+    manager: checkpoint.Manager, steps: list[int], config: ConfigDict, examples: int, target: Any
+) -> tuple[int, Any]:
+    """Step and state of the newest of `steps` that can be read; renames damaged checkpoints.
 
-    Raises UserError where it is of another run, or none can be read, and PassingError where some
-    processes can read it and others not: a restart may find their disk mended.
+    `examples` is the number of training images, `target` the state as shapes with shardings.
+    Raises UserError if the checkpoint is from a different run, or if all are damaged.
     """
     damaged: dict[int, checkpoint.Unreadable] = {}
     for step in reversed(steps):
         try:
-            state = _read_by_all(manager.directory, step, config, source, target)
+            state = _restore(manager, step, config, examples, target)
         except checkpoint.Unreadable as error:
             damaged[step] = error
             continue
@@ -50,34 +47,46 @@ def newest_state(
     raise next(iter(damaged.values()))
 
 
-def _read_by_all(path: Any, step: int, config: ConfigDict, source: Source, target: Any) -> Any:
-    """The state, once all processes have read it; raises Unreadable where none of them can."""
-    state, failure = None, checkpoint.Unreadable()
-    for pause in (*_PAUSES, None):
-        if state is None:
-            try:
-                check_resume(checkpoint.read_meta(path, step), config, source, path / str(step))
-                state = checkpoint.restore(path, step, target)
-            except checkpoint.Unreadable as error:
-                failure = error
-        failures = cluster.exchange('' if state is not None else str(failure))
-        if not any(failures):
-            return state
-        if all(failures):
-            raise failure
-        if pause is not None:
-            time.sleep(pause)  # a shared disk may show it to some processes later
-    which = next(i for i, text in enumerate(failures) if text)
-    raise PassingError(f'process {which} cannot read what others can: {failures[which]}')
+def _restore(
+    manager: checkpoint.Manager, step: int, config: ConfigDict, examples: int, target: Any
+) -> Any:
+    """The state of a step. Raises Unreadable only if every process finds it damaged."""
+    path, state, failure = manager.directory, None, None
+    try:
+        check_same_run(checkpoint.read_meta(path, step), config, examples, path / str(step))
+        state = checkpoint.restore(path, step, target)
+    except checkpoint.Unreadable as error:
+        failure = error
+    failures = multihost_utils.process_allgather(np.array(failure is not None))
+    if failure is not None and failures.all():
+        raise failure
+    if failures.any():
+        raise PassingError(
+            f'{path / str(step)}: process {failures.argmax()} cannot read this checkpoint, but '
+            'others can'
+        )
+    return state
 
 
-def check_resume(meta: dict[str, Any], config: ConfigDict, source: Source, where: Any) -> None:
-    """Raises UserError where a resumed run would not be the run that was begun."""
+def check_same_run(meta: dict[str, Any], config: ConfigDict, examples: int, where: Any) -> None:
+    """Raises UserError if a continued run would differ from the run that began.
+
+    `meta` is what was saved beside the state of the checkpoint `where`.
+    """
     differences = resume_differences(from_json(meta['config']), config)
-    if meta['examples'] != source.length:  # the order of the examples depends on their number
-        differences.append(f'training images: {meta["examples"]} then, {source.length} now')
+    if meta['examples'] != examples:  # the order of the examples depends on their number
+        differences.append(f'training images: {meta["examples"]} then, {examples} now')
     if differences:
         raise UserError(
-            f'{where} was trained otherwise: {"; ".join(differences)}. Use the same values, or '
-            'another --workdir'
+            f'{where} was trained with other values: {"; ".join(differences)}. Use the same '
+            'values, or another --workdir'
         )
+
+
+def has_metrics(manager: checkpoint.Manager, step: int) -> bool:
+    """Whether process 0 sees the metrics of a step.
+
+    Process 0 decides, so that no process waits for an evaluation that others skip.
+    """
+    seen = np.array(manager.metrics(step) is not None)
+    return bool(multihost_utils.broadcast_one_to_all(seen))
