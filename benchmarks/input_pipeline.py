@@ -29,23 +29,20 @@ from ml_collections import ConfigDict
 from psp_jax.command_line import quieten_libraries
 from psp_jax.config import load_config
 from psp_jax.data.decode import decode_image, decode_label
+from psp_jax.data.examples import Source
 from psp_jax.data.pipeline import read_ahead, train_batches
-from psp_jax.data.sources import Source, files_source, make_source
+from psp_jax.data.sources import files_source, make_source
 from psp_jax.datasets import common
 
 CONFIG = Path(__file__).parents[1] / 'configs' / 'camvid.py'
 
 
-class Photographs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """The pictures of a list as a TFDS data set; `source` is set before it is built."""
+class Photographs(common.Builder, skip_registration=True):  # type: ignore[call-arg]
+    """The images of a list as a TFDS data set; `source` is set before it is built."""
 
-    VERSION = tfds.core.Version('1.0.0')
+    CLASSES = 'camvid'
+    HOMEPAGE = CITATION = ''
     source: Source
-
-    __init__ = common.init
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return common.dataset_info(self, 'camvid', '', '')
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         return {'train': self._generate_examples()}

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
+from psp_jax.data.check.faults import likely_cause, ranges
 
 from psp_jax.command_line import exit_code
 from psp_jax.config import default_config, load_config
 from psp_jax.data.check import __main__ as command
 from psp_jax.data.check import faults as judged
 from psp_jax.data.check.__main__ import check, parse_flags
-from psp_jax.data.check.faults import likely_cause, ranges
 from psp_jax.data.labels import label_space, label_table
 from psp_jax.data.sources import Encoded, stored_source
 from psp_jax.errors import UserError

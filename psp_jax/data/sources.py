@@ -150,9 +150,7 @@ def find_pairs(data: ConfigDict, split: str) -> tuple[list[Pair], list[str]]:
 
     Raises UserError if there is no pair at all.
     """
-    if data.source.startswith('list'):
-        return list_pairs(root_of(data), data[split], split == 'test')
-    return dir_pairs(root_of(data), data[split], f'data.{split}')
+    return PAIRS[data.source.partition(':')[0]](data, split)
 
 
 def root_of(data: ConfigDict) -> str:
@@ -161,12 +159,10 @@ def root_of(data: ConfigDict) -> str:
     return os.path.expanduser(rest if rest and kind != 'tfds' else data.root)
 
 
-def list_pairs(root: str, list_file: str, may_lack_labels: bool) -> tuple[list[Pair], list[str]]:
-    """Returns the pairs of a list file, and a message for each line that is none.
-
-    Raises UserError if no line is a pair, or if only some have labels.
-    """
-    path = joined(root, list_file)
+def _list_pairs(data: ConfigDict, split: str) -> tuple[list[Pair], list[str]]:
+    """Reads the list file data[split]; raises UserError also if only some lines have labels."""
+    root = root_of(data)
+    path = joined(root, data[split])
     try:
         text = read_bytes(path).decode('utf-8-sig')
     except UnicodeDecodeError:
@@ -178,7 +174,7 @@ def list_pairs(root: str, list_file: str, may_lack_labels: bool) -> tuple[list[P
         fields = line.split('\t') if '\t' in line else line.strip().rsplit(' ', 1)
         fields = [field.strip() for field in fields]
         images = [field.lower().endswith(PICTURES) for field in fields]
-        if may_lack_labels and images != [True, True]:  # one path, perhaps with spaces
+        if split == 'test' and images != [True, True]:  # one path, perhaps with spaces
             pairs.append([line.strip(), ''])
         elif len(fields) == 2 and all(fields):
             pairs.append(fields)
@@ -203,20 +199,17 @@ def list_pairs(root: str, list_file: str, may_lack_labels: bool) -> tuple[list[P
     return full, problems
 
 
-def dir_pairs(root: str, folders: str, key: str) -> tuple[list[Pair], list[str]]:
-    """Returns the pairs of 'IMAGES_DIR,LABELS_DIR', and a message for each file without a partner.
-
-    key: the key whose value `folders` is; that of data.test may be 'IMAGES_DIR'.
-    Raises UserError if a folder is missing or there is no pair.
-    """
-    paths = [joined(root, part.strip()) for part in folders.split(',')]
-    if len(paths) == 1 and key == 'data.test':
+def _dir_pairs(data: ConfigDict, split: str) -> tuple[list[Pair], list[str]]:
+    """Pairs the files of the folders data[split]; raises UserError also if a folder is missing."""
+    key, root = f'data.{split}', root_of(data)
+    paths = [joined(root, part.strip()) for part in data[split].split(',')]
+    if len(paths) == 1 and split == 'test':
         found, problems = _list_dir(paths[0])
         if not found:
             raise UserError(f'{key}: {paths[0]} holds no image')
         return [(found[stem], '') for stem in sorted(found)], problems
     if len(paths) != 2:
-        raise UserError(f"{key} = {folders!r}: use 'IMAGES_DIR,LABELS_DIR'")
+        raise UserError(f"{key} = {data[split]!r}: use 'IMAGES_DIR,LABELS_DIR'")
     (images, twice), (labels, twice_labels) = (_list_dir(folder) for folder in paths)
     problems = [*twice, *twice_labels]
     problems += [
@@ -228,6 +221,13 @@ def dir_pairs(root: str, folders: str, key: str) -> tuple[list[Pair], list[str]]
     if not pairs:
         raise UserError(some(problems or [f'{key}: {paths[0]} holds no image'], 1))
     return pairs, problems
+
+
+# The kinds of sources whose examples are single files, and what finds these.
+PAIRS: dict[str, Callable[[ConfigDict, str], tuple[list[Pair], list[str]]]] = {
+    'list': _list_pairs,
+    'dirs': _dir_pairs,
+}
 
 
 def _list_dir(folder: str) -> tuple[dict[str, str], list[str]]:

