@@ -41,7 +41,7 @@ class Photographs(common.Builder, skip_registration=True):  # type: ignore[call-
     """The images of a list as a TFDS data set; `source` is set before it is built."""
 
     CLASSES = 'camvid'
-    HOMEPAGE = CITATION = ''
+    HOMEPAGE = ''
     source: Source
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:

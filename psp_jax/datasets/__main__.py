@@ -78,7 +78,8 @@ def run(argv: Sequence[str]) -> None:
     builder = make_builder(flags.name, flags.data_dir)
     if flags.describe:
         print(inspect.getdoc(type(builder)))
-        print(f'\n--manual_dir: {builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "not needed"}')
+        print(f'\narchives: {", ".join(getattr(builder, "ARCHIVES", ["see TFDS"]))}')
+        print(f'--manual_dir: {builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "not needed"}')
         return
     if builder.is_prepared():
         print(f'{builder.data_path} is there already; delete it to prepare it again')

@@ -14,22 +14,9 @@ from psp_jax.errors import UserError
 # checksums.tsv are TFDS's.
 _HOST = 'http://images.cocodataset.org'
 _ANNOTATIONS = 'annotations_trainval2017.zip'
-_ADDRESSES = {
-    'train2017.zip': f'{_HOST}/zips/train2017.zip',
-    'val2017.zip': f'{_HOST}/zips/val2017.zip',
-    _ANNOTATIONS: f'{_HOST}/annotations/{_ANNOTATIONS}',
-}
 # COCO's categories in the order of VOC's classes 1..20, as in GluonCV and torchvision.
 _CATEGORIES = (5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)
 _LEAST_PIXELS = 1_000
-_CITATION = """\
-@inproceedings{lin2014microsoft,
-  title={{Microsoft COCO}: Common Objects in Context},
-  author={Lin, Tsung-Yi and Maire, Michael and Belongie, Serge and Hays, James and Perona,
-          Pietro and Ramanan, Deva and Doll{\\'a}r, Piotr and Zitnick, C. Lawrence},
-  booktitle={European Conference on Computer Vision (ECCV)},
-  year={2014}
-}"""
 
 
 class CocoVoc(common.Builder, skip_registration=True):  # type: ignore[call-arg]
@@ -46,17 +33,18 @@ class CocoVoc(common.Builder, skip_registration=True):  # type: ignore[call-arg]
 
     CLASSES = 'voc2012'
     HOMEPAGE = 'https://cocodataset.org'
-    CITATION = _CITATION
-    MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        f'{", ".join(_ADDRESSES)} are downloaded unless they lie in the folder.'
-    )
+    ARCHIVES = {
+        'train2017.zip': f'{_HOST}/zips/train2017.zip',
+        'val2017.zip': f'{_HOST}/zips/val2017.zip',
+        _ANNOTATIONS: f'{_HOST}/annotations/{_ANNOTATIONS}',
+    }
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         try:
             import pycocotools.mask  # noqa: F401
         except ImportError:  # better now than after a download of 20 GB
             raise UserError('coco_voc needs pycocotools: pip install pycocotools') from None
-        paths = common.find_archives(dl_manager, _ADDRESSES)
+        paths = self.find_archives(dl_manager, self.ARCHIVES)
         annotations = common.open_zip(paths[_ANNOTATIONS])
         return {
             split: self._generate_examples(

@@ -14,6 +14,8 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,16 +32,20 @@ from psp_jax.errors import UserError
 ARRAY_RECORD = file_adapters.FileFormat.ARRAY_RECORD
 
 
-class Archive(NamedTuple):
-    """The files in a zip or tar file.
-
-    path: where it lies, for messages. names: of the files in it. read: name -> the file's bytes;
-        raises UserError if the name is not there, or its bytes cannot be read.
-    """
+@dataclass(frozen=True)
+class Archive:
+    """The files in a zip or tar file. path: where it is. names: of the files in it."""
 
     path: str
-    names: Sequence[str]
-    read: Callable[[str], bytes]
+    names: frozenset[str]
+    read_file: Callable[[str], bytes]
+
+    def read(self, name: str) -> bytes:
+        """Returns a file's bytes; raises UserError if it is not there or damaged."""
+        if name not in self.names:
+            raise UserError(f'{self.path} holds no {name}')
+        with naming_archive(self.path):
+            return self.read_file(name)
 
 
 class Pair(NamedTuple):
@@ -60,7 +66,8 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
     RELEASE_NOTES: ClassVar[dict[str, str]] = {'1.0.0': 'First release.'}
     CLASSES: ClassVar[str]  # the label space, whose class names and colours become metadata
     HOMEPAGE: ClassVar[str]
-    CITATION: ClassVar[str]
+    # Addresses of the archives by their file names; '' = the user has to put it into manual_dir.
+    ARCHIVES: ClassVar[dict[str, str]]
 
     def __init__(self, *, file_format: str | None = None, **kwargs: Any):
         super().__init__(file_format=file_format, **kwargs)
@@ -85,11 +92,28 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
             ),
             supervised_keys=('image', 'label'),
             homepage=self.HOMEPAGE,
-            citation=self.CITATION,
             metadata=tfds.core.MetadataDict(
                 class_names=list(space.names), colors=space.colors.tolist(), ignore=IGNORE
             ),
         )
+
+    def find_archives(
+        self, dl_manager: tfds.download.DownloadManager, names: Iterable[str]
+    ) -> dict[str, epath.Path]:
+        """Returns the paths of archives by their file names, downloading what manual_dir lacks.
+
+        Raises UserError for archives that cannot be downloaded.
+        """
+        try:
+            folder = dl_manager.manual_dir
+            found = {name: folder / name for name in names if (folder / name).exists()}
+        except AssertionError:  # TFDS says so that the folder is missing or empty
+            folder, found = '--manual_dir', {}
+        missing = {name: self.ARCHIVES[name] for name in names if name not in found}
+        manual = [name for name, address in missing.items() if not address]
+        if manual:
+            raise UserError(f'{folder} lacks {" and ".join(manual)}: download from {self.HOMEPAGE}')
+        return found | (dl_manager.download(missing) if missing else {})
 
     def examples(
         self,
@@ -109,8 +133,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
         if not pairs:
             raise UserError(f'{split}: the archives hold no image of it; {published} are published')
         if len(pairs) != published:
-            text = f'{split}: {len(pairs)} images, but {published} are published'
-            self.warnings.append(text)
+            self.warnings.append(f'{split}: {len(pairs)} images, but {published} are published')
         space = label_space(self.CLASSES)
         count, table = len(space.names), label_table(space.label_map)
         void = []
@@ -128,6 +151,38 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
             yield example(pair, images.read(pair.image), label)
         if 0 < len(void) < len(pairs):  # test sets are published without labels
             self.warnings.append(f'{len(void)} labels hold no class: {", ".join(void)}')
+
+
+class Part(NamedTuple):
+    """A split as it is published: images and labels of the same path between folder and suffix.
+
+    images, labels: the archive, the folder in it, and the suffix.
+    """
+
+    published: int
+    images: tuple[str, str, str]
+    labels: tuple[str, str, str]
+
+
+class FoldersBuilder(Builder, skip_registration=True):  # type: ignore[call-arg]
+    """A builder of a data set that is published as zip files of folders of images and labels."""
+
+    SPLITS: ClassVar[dict[str, Part]]
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        parts = self.SPLITS.values()
+        names = {archive for part in parts for archive, _, _ in (part.images, part.labels)}
+        paths = self.find_archives(dl_manager, sorted(names))
+        archives = {name: open_zip(path) for name, path in paths.items()}
+        return {split: self._generate_examples(archives, split) for split in self.SPLITS}
+
+    def _generate_examples(
+        self, archives: dict[str, Archive], split: str
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        part = self.SPLITS[split]
+        images, labels = archives[part.images[0]], archives[part.labels[0]]
+        pairs = pair_up(files_in(images, *part.images[1:]), files_in(labels, *part.labels[1:]))
+        return self.examples(split, part.published, pairs, images, partial(read_label, labels))
 
 
 class ExampleWriter(writer.ExampleWriter):
@@ -150,22 +205,6 @@ class ExampleWriter(writer.ExampleWriter):
         return positions
 
 
-def find_archives(
-    dl_manager: tfds.download.DownloadManager, addresses: dict[str, str]
-) -> dict[str, epath.Path]:
-    """Returns the paths of archives by file name: those in manual_dir, the others downloaded.
-
-    addresses: {file name: address}.
-    """
-    try:
-        folder = dl_manager.manual_dir
-    except AssertionError:  # TFDS says so that the folder is missing or empty
-        return dl_manager.download(addresses)
-    found = {name: folder / name for name in addresses if (folder / name).exists()}
-    missing = {name: address for name, address in addresses.items() if name not in found}
-    return found | (dl_manager.download(missing) if missing else {})
-
-
 @contextlib.contextmanager
 def naming_archive(path: epath.PathLike) -> Iterator[None]:
     """Turns errors about damaged bytes in the block into a UserError that names the archive."""
@@ -186,15 +225,8 @@ def open_zip(path: epath.PathLike) -> Archive:
     """Opens a zip file, local or in a bucket. Raises UserError if it is none or is cut off."""
     with naming_archive(path):
         file = zipfile.ZipFile(epath.Path(path).open('rb'))
-    names = [name for name in file.namelist() if not name.endswith('/')]
-
-    def read(name: str) -> bytes:
-        if name not in file.NameToInfo:
-            raise UserError(f'{path} holds no {name}')
-        with naming_archive(path):
-            return file.read(name)
-
-    return Archive(os.fspath(path), names, read)
+    names = frozenset(name for name in file.namelist() if not name.endswith('/'))
+    return Archive(os.fspath(path), names, file.read)
 
 
 def files_in(archive: Archive, folder: str, suffix: str) -> dict[str, str]:

@@ -15,35 +15,11 @@ from etils import epath
 from psp_jax.datasets import common
 from psp_jax.errors import UserError
 
-# Addresses and checksums (in checksums.tsv) are torchvision's (datasets/voc.py and sbd.py).
 _VOC, _SBD = 'VOCtrainval_11-May-2012.tar', 'benchmark.tgz'
-_ADDRESSES = {
-    _VOC: f'https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/{_VOC}',
-    _SBD: 'https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/'
-    f'semantic_contours/{_SBD}',
-}
 _COUNTS = {'train_aug': 10_582, 'train': 1_464, 'val': 1_449}
 _VOC_FOLDER = 'VOCdevkit/VOC2012'
 _SBD_FOLDER = 'benchmark_RELEASE/dataset'
 _SBD_LISTS = (f'{_SBD_FOLDER}/train.txt', f'{_SBD_FOLDER}/val.txt')
-_CITATION = """\
-@article{everingham2015pascal,
-  title={The {PASCAL} Visual Object Classes Challenge: A Retrospective},
-  author={Everingham, Mark and Eslami, S. M. Ali and Van Gool, Luc and
-          Williams, Christopher K. I. and Winn, John and Zisserman, Andrew},
-  journal={International Journal of Computer Vision},
-  volume={111},
-  number={1},
-  pages={98--136},
-  year={2015}
-}
-@inproceedings{hariharan2011semantic,
-  title={Semantic Contours from Inverse Detectors},
-  author={Hariharan, Bharath and Arbel{\\'a}ez, Pablo and Bourdev, Lubomir and Maji, Subhransu and
-          Malik, Jitendra},
-  booktitle={IEEE International Conference on Computer Vision (ICCV)},
-  year={2011}
-}"""
 
 
 class Voc2012(common.Builder, skip_registration=True):  # type: ignore[call-arg]
@@ -60,13 +36,15 @@ class Voc2012(common.Builder, skip_registration=True):  # type: ignore[call-arg]
 
     CLASSES = 'voc2012'
     HOMEPAGE = 'http://host.robots.ox.ac.uk/pascal/VOC/voc2012/'
-    CITATION = _CITATION
-    MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        f'{_VOC} and {_SBD} are downloaded unless they lie in the folder.'
-    )
+    # Addresses and checksums (in checksums.tsv) are torchvision's (datasets/voc.py and sbd.py).
+    ARCHIVES = {
+        _VOC: f'https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/{_VOC}',
+        _SBD: 'https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/'
+        f'semantic_contours/{_SBD}',
+    }
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        paths = common.find_archives(dl_manager, _ADDRESSES)
+        paths = self.find_archives(dl_manager, self.ARCHIVES)
         voc, sbd = open_voc(paths[_VOC]), open_sbd(paths[_SBD])
         return {split: self._generate_examples(voc, sbd, split) for split in _COUNTS}
 
@@ -90,13 +68,11 @@ def open_voc(path: epath.PathLike) -> common.Archive:
         files = {posixpath.normpath(member.name): member for member in tar if member.isfile()}
 
     def read(name: str) -> bytes:
-        with common.naming_archive(path):
-            file = tar.extractfile(files[name]) if name in files else None
-            if file is not None:
-                return file.read()
-        raise UserError(f'{path} holds no {name}')
+        file = tar.extractfile(files[name])
+        assert file is not None  # `files` holds no folders
+        return file.read()
 
-    return common.Archive(os.fspath(path), list(files), read)
+    return common.Archive(os.fspath(path), frozenset(files), read)
 
 
 def open_sbd(path: epath.PathLike) -> common.Archive:
@@ -110,15 +86,9 @@ def open_sbd(path: epath.PathLike) -> common.Archive:
             name = posixpath.normpath(member.name)
             if name.startswith(f'{_SBD_FOLDER}/cls/') or name in _SBD_LISTS:
                 file = tar.extractfile(member)
-                if file is not None:
+                if file is not None:  # it is no folder
                     files[name] = file.read()
-
-    def read(name: str) -> bytes:
-        if name not in files:
-            raise UserError(f'{path} holds no {name}')
-        return files[name]
-
-    return common.Archive(os.fspath(path), list(files), read)
+    return common.Archive(os.fspath(path), frozenset(files), files.__getitem__)
 
 
 def read_mat(sbd: common.Archive, name: str) -> np.ndarray:
@@ -132,10 +102,7 @@ def read_mat(sbd: common.Archive, name: str) -> np.ndarray:
 
 
 def pairs_of(voc: common.Archive, sbd: common.Archive, split: str) -> list[common.Pair]:
-    """Returns the pairs of 'train', 'val' or 'train_aug'; SBD's labels are .mat files.
-
-    Raises UserError if an archive lacks the image or the label of a name on its lists.
-    """
+    """Returns the pairs of 'train', 'val' or 'train_aug'; SBD's labels are .mat files."""
 
     def listed(archive: common.Archive, name: str) -> set[str]:
         return set(archive.read(name).decode().split())
@@ -147,11 +114,6 @@ def pairs_of(voc: common.Archive, sbd: common.Archive, split: str) -> list[commo
     if split == 'train_aug':
         more = set().union(*(listed(sbd, name) for name in _SBD_LISTS)) - train - val
         labels |= {stem: f'{_SBD_FOLDER}/cls/{stem}.mat' for stem in more}
-    pairs = [
+    return [
         common.Pair(f'{_VOC_FOLDER}/JPEGImages/{stem}.jpg', labels[stem]) for stem in sorted(labels)
     ]
-    there = {*voc.names, *sbd.names}
-    missing = [name for pair in pairs for name in pair if name not in there]
-    if missing:
-        raise UserError(f'{split}: {missing[0]} is on the list but not in the archives')
-    return pairs

@@ -18,14 +18,13 @@ LEAKED = 'Images of train that are also in val or test: take them off train'
 VOID = 'Labels without a pixel of a class'
 EQUAL = 'Files of equal content'
 ABSENT = 'Classes without a pixel in train'
-TWO_WAYS = 'Labels with a palette among grey ones, or the reverse: do their values mean the same?'
 
 
 def judge(splits: Sequence[Split], data: ConfigDict) -> list[Finding]:
     """Returns all faults and notes that the examples show together."""
     findings: list[Finding] = []
     for split in splits:
-        findings += [*judge_values(split, data), *judge_map(split, data), *judge_storage(split)]
+        findings += [*judge_values(split, data), *judge_map(split, data)]
         findings += _void_labels(split, class_ids(data))
     return [*findings, *judge_copies(splits), *judge_classes(splits, data)]
 
@@ -88,33 +87,15 @@ def judge_map(split: Split, data: ConfigDict) -> Iterator[Finding]:
     if not stored or split.name == 'test':  # labels of test may be secret, all 255
         return
     inner = [value for value in stored if value != IGNORE]
-    ignored = [value for value in inner if ids[value] == IGNORE]
     heading = ''
     if not data.label_map and classes > 1 and IGNORE in stored:
         if inner == [0] or not inner and classes == 2:
             heading = f'Only 0, and 255, which is ignored: is it a class? Set {_map_flag({255: 1})}'
     elif {ids[value] for value in stored} == {IGNORE}:
         heading = 'All pixels are ignored: correct data.label_map'
-    elif max(inner) < classes and 2 * len(ignored) > len(inner):
-        heading = (
-            f'data.label_map ignores {ranges(ignored)}: are the values classes as they are? '
-            f'Set {_map_flag("")}'
-        )
     if heading:
         text = f'the labels store {ranges(stored)}'
         yield Finding(heading, split.name, -1, f'labels of {split.name}', text)
-
-
-def judge_storage(split: Split) -> Iterator[Finding]:
-    """Yields a note for each label of the rarer kind if some have a palette and some are grey."""
-    kinds: dict[str, list[int]] = {'palette': [], 'grey': []}
-    for i, facts in enumerate(split.facts):
-        if facts.is_palette is not None:
-            kinds['palette' if facts.is_palette else 'grey'].append(i)
-    rarer = min(kinds, key=lambda kind: len(kinds[kind]))
-    for i in kinds[rarer]:
-        file = split.source.names(i)[1]
-        yield Finding(TWO_WAYS, split.name, i, file, f'{file}: {rarer}', is_note=True)
 
 
 def _void_labels(split: Split, ids: Sequence[int]) -> Iterator[Finding]:

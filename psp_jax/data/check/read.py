@@ -1,6 +1,5 @@
 """Reads all examples of a data set and gathers the facts of each: sizes, counts, a hash, faults."""
 
-import io
 import os
 import re
 from collections import Counter
@@ -11,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 from tqdm import tqdm
 
 from psp_jax.data.decode import decode_image, decode_label
@@ -26,7 +24,6 @@ NO_CLASS = 256  # stands for the class of a value that has none
 UNREADABLE = 'Cannot be read: replace the files, or leave the examples out'
 NO_LABEL = 'No label maps: store one class id a pixel, as grey or palette PNG'
 SIZES = 'Image and label differ in size (width x height): does the label belong to another image?'
-SUFFIX = 'The content is not what the suffix says: rename the files'
 
 
 class Finding(NamedTuple):
@@ -50,13 +47,11 @@ class Facts(NamedTuple):
 
     digest: hash of the image's bytes, b'' if it is bad. size: (height, width) of the image, None if
     bad. pixels: number of the label's pixels by stored value; {} if it is bad or there is none.
-    is_palette: whether the label has a palette; None if it is bad or there is none.
     """
 
     digest: bytes
     size: tuple[int, int] | None
     pixels: dict[int, int]
-    is_palette: bool | None
     faults: list[Finding]
 
 
@@ -96,52 +91,34 @@ def examine(source: Source, split: str, index: int) -> Facts:
     try:
         if source.encoded is None:  # drawn, so that nothing is stored
             scene, classes = source.read(index)
-            return Facts(_digest(scene.tobytes()), scene.shape[:2], count_values(classes), None, [])
+            return Facts(_digest(scene.tobytes()), scene.shape[:2], count_values(classes), [])
         example = source.encoded(index)
     except (UserError, PassingError) as error:  # its message begins with the file
-        return Facts(
-            b'', None, {}, None, [Finding(UNREADABLE, split, index, str(error), str(error))]
-        )
+        return Facts(b'', None, {}, [Finding(UNREADABLE, split, index, str(error), str(error))])
     faults: list[Finding] = []
 
     def decoded(
         decode: Callable[[bytes, str], np.ndarray], content: bytes, name: str
-    ) -> tuple[np.ndarray | None, str]:
-        array, mode, fault = _decoded(decode, content, name, bool(source.files))
-        if fault:
-            faults.append(Finding(fault[0], split, index, name, fault[1]))
-        return array, mode
+    ) -> np.ndarray | None:
+        try:
+            return decode(content, name)
+        except UserError as error:
+            said = str(error).rpartition(': ')[0]  # the rest is the remedy
+            heading = UNREADABLE if 'cannot be decoded' in said else NO_LABEL
+            faults.append(Finding(heading, split, index, name, said))
+            return None
 
-    image, _ = decoded(decode_image, example.image, example.image_name)
+    image = decoded(decode_image, example.image, example.image_name)
     digest = b'' if image is None else _digest(example.image)
     size = None if image is None else (image.shape[0], image.shape[1])
-    if not source.labelled:
-        return Facts(digest, size, {}, None, faults)
-    label, mode = decoded(decode_label, example.label, example.label_name)
+    label = decoded(decode_label, example.label, example.label_name) if source.labelled else None
     if label is None:
-        return Facts(digest, size, {}, None, faults)
+        return Facts(digest, size, {}, faults)
     if size and size != label.shape:
         of_image, of_label = (f'{width}x{height}' for height, width in (size, label.shape))
         text = f'{example.image_name} is {of_image}, {example.label_name} is {of_label}'
         faults.append(Finding(SIZES, split, index, example.label_name, text))
-    return Facts(digest, size, count_values(label), mode == 'P', faults)
-
-
-def _decoded(
-    decode: Callable[[bytes, str], np.ndarray], content: bytes, name: str, is_file: bool
-) -> tuple[np.ndarray | None, str, tuple[str, str] | None]:
-    """Returns array, mode and (heading, text) of the fault; a file's suffix has to fit, too."""
-    try:
-        array = decode(content, name)
-    except UserError as error:
-        said = str(error).rpartition(': ')[0]  # the rest is the remedy
-        return None, '', (UNREADABLE if 'cannot be decoded' in said else NO_LABEL, said)
-    with Image.open(io.BytesIO(content)) as header:
-        kind, mode = str(header.format).replace('MPO', 'JPEG'), header.mode
-    suffix = os.path.splitext(name)[1].lower()
-    if is_file and Image.registered_extensions().get(suffix, kind) != kind:
-        return array, mode, (SUFFIX, f'{name} is {kind}')
-    return array, mode, None
+    return Facts(digest, size, count_values(label), faults)
 
 
 def _digest(content: bytes) -> bytes:

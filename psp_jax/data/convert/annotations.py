@@ -1,7 +1,7 @@
 """Makes class ids of what annotation tools write: pure functions of parsed JSON and decoded masks.
 
-They raise ValueError if the content of a file is wrong, and KeyError, TypeError or AttributeError
-if it has another form. The caller adds the file's name.
+They raise ValueError if the content of a file is wrong, and KeyError, TypeError, AttributeError or
+OSError if it has another form. The caller adds the file's name.
 """
 
 import base64
@@ -23,23 +23,17 @@ IGNORED = '__ignore__'  # labelme's label of pixels that do not count; also of t
 BACKGROUND = ('_background_', 'background', 'unlabeled')  # the labels of pixels without a shape
 
 
+# The kinds of shapes that have an area.
+KINDS = ('polygon', 'rectangle', 'oriented_rectangle', 'circle', 'mask')
+
+
 class Shape(NamedTuple):
-    """A labelled region. kind: a key of FEWEST. mask: mode '1', its upper left at points[0]."""
+    """A labelled region. kind: of KINDS. mask: of mode '1', its upper left corner at points[0]."""
 
     label: str
     kind: str
     points: Points
     mask: Image.Image | None = None
-
-
-# The kinds of shapes that have an area, and how many points each has at least.
-FEWEST = {
-    'polygon': 3,
-    'rectangle': 2,  # opposite corners, or all four
-    'oriented_rectangle': 4,
-    'circle': 2,  # the centre, and a point of the rim
-    'mask': 2,  # opposite corners
-}
 
 
 def class_name(label: str) -> str:
@@ -78,17 +72,16 @@ def labelme(document: Any) -> tuple[str, Size, list[Shape]]:
     shapes = []
     for number, item in enumerate(document['shapes'], 1):
         label, kind = class_name(item['label']), item.get('shape_type') or 'polygon'
-        what, mask = f'shape {number} ({label})', None
-        if kind not in FEWEST:
+        if kind not in KINDS:
             raise ValueError(
-                f'{what} is a {kind}, which has no area: delete it, or redraw it as '
-                f'{", ".join(FEWEST)}'
+                f'shape {number} ({label}) is a {kind}, which has no area: delete it, or redraw it '
+                f'as {", ".join(KINDS)}'
             )
-        points = _points(item['points'], FEWEST[kind], what)
+        mask = None
         if kind == 'mask':
             with Image.open(io.BytesIO(base64.b64decode(item['mask']))) as stored:
                 mask = Image.fromarray(np.asarray(stored.convert('L')) > 0)
-        shapes.append(Shape(label, kind, points, mask))
+        shapes.append(Shape(label, kind, _points(item['points']), mask))
     size = int(document['imageHeight']), int(document['imageWidth'])
     return document['imagePath'].replace('\\', '/'), size, shapes  # \: labelme on Windows
 
@@ -101,22 +94,18 @@ def cityscapes(document: Any, classes: Collection[str]) -> tuple[Size, list[Shap
     among `classes` is always drawn as it is.
     """
     shapes = []
-    for number, item in enumerate(document['objects'], 1):
+    for item in document['objects']:
         label = class_name(item['label'])
         if label not in {*classes, 'polegroup'}:
             label = label.removesuffix('group')
         if item.get('deleted') or (label == 'license plate' and label not in classes):
             continue
-        points = _points(item['polygon'], 2, f'object {number} ({label})')  # 2: a line
-        shapes.append(Shape(label, 'polygon', points))
+        shapes.append(Shape(label, 'polygon', _points(item['polygon'])))
     return (int(document['imgHeight']), int(document['imgWidth'])), shapes
 
 
-def _points(points: Any, fewest: int, what: str) -> Points:
-    found = [(float(x), float(y)) for x, y in points]
-    if len(found) < fewest:
-        raise ValueError(f'{what} has {len(found)} of {fewest} points: redraw or delete it')
-    return found
+def _points(points: Any) -> Points:
+    return [(float(x), float(y)) for x, y in points]
 
 
 def packed(color: np.ndarray | Iterable[int]) -> Any:

@@ -9,7 +9,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from psp_jax.data.convert import annotations
-from psp_jax.data.convert.annotations import IGNORED, Size
+from psp_jax.data.convert.annotations import IGNORED, Shape, Size
 from psp_jax.data.decode import exists, read_bytes, read_image
 from psp_jax.data.labels import IGNORE, label_space
 from psp_jax.data.sources import PICTURES, some
@@ -86,8 +86,7 @@ def _make_labelme(files: Mapping[str, str], ids: Ids, images: str, name: str) ->
     image = os.path.join(os.path.dirname(path), written)
     if images:
         image = os.path.join(images, os.path.basename(written))
-    _check_size(image, size)
-    return Made(image, annotations.draw(shapes, ids, size))
+    return Made(image, _drawn(path, shapes, ids, size, image))
 
 
 # ---- voc
@@ -160,9 +159,8 @@ def _make_cityscapes(fine: str, images: str, ids: Ids, name: str) -> Made:
     path = os.path.join(fine, name + _POLYGONS)
     size, shapes = _parsed(path, partial(annotations.cityscapes, classes=ids))
     image = _image_of(images, f'{name}_leftImg8bit')
-    _check_size(image, size)
     others = frozenset(shape.label for shape in shapes) - ids.keys()
-    return Made(image, annotations.draw(shapes, ids, size), others)
+    return Made(image, _drawn(path, shapes, ids, size, image), others)
 
 
 # ---- coco_panoptic
@@ -269,8 +267,14 @@ def _text(path: str) -> str:
 
 def _parsed(path: str, parse: Callable[[Any], T], read: Callable[[str], Any] = _json) -> T:
     """Reads and parses a file; raises UserError, naming it, for complaints about its content."""
-    try:
+    with _naming(path):
         return parse(read(path))
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    try:
+        yield
     except json.JSONDecodeError as error:
         raise UserError(f'{path} is not JSON ({error})') from None
     except ValueError as error:
@@ -278,6 +282,13 @@ def _parsed(path: str, parse: Callable[[Any], T], read: Callable[[str], Any] = _
     except (KeyError, TypeError, AttributeError, OSError) as error:
         reason = f'no {error}' if isinstance(error, KeyError) else error
         raise UserError(f'{path} is not as its tool writes it ({reason})') from error
+
+
+def _drawn(path: str, shapes: Sequence[Shape], ids: Ids, size: Size, image: str) -> np.ndarray:
+    """Draws the shapes of a file, if its image is of the same size."""
+    _check_size(image, size)
+    with _naming(path):
+        return annotations.draw(shapes, ids, size)
 
 
 def _colored(mask: str, image: str, labels: Mapping[int, str], ids: Ids) -> Made:
