@@ -191,10 +191,8 @@ def _list_pairs(data: ConfigDict, split: str) -> tuple[list[Pair], list[str]]:
     # In the lists of PASCAL VOC a leading slash means the data set's folder. The first such path
     # decides for the whole list, which may be long and on a slow file system.
     slashed = next((field for pair in pairs for field in pair if field.startswith('/')), '')
-    if slashed and root:
-        below_root = exists(root.rstrip('/') + slashed)
-        if below_root or not exists(os.path.dirname(slashed)):
-            pairs = [[field.lstrip('/') for field in pair] for pair in pairs]
+    if slashed and root and not exists(slashed):
+        pairs = [[field.lstrip('/') for field in pair] for pair in pairs]
     full = [(joined(root, image), label and joined(root, label)) for image, label in pairs]
     return full, problems
 

@@ -123,10 +123,6 @@ def _version_folder(name: str, root: str) -> str:
             f'data.source = tfds:{name}: is not prepared in {folder}; '
             f'run `{_command(name, root)}` first'
         )
-    if version and version not in known:
-        raise UserError(
-            f'data.source = tfds:{name}: {folder} has only the version(s) {", ".join(known)}'
-        )
     return f'{folder}/{version or known[-1]}'
 
 

@@ -253,14 +253,8 @@ def pair_up(images: dict[str, str], labels: dict[str, str]) -> list[Pair]:
 
 
 def read_label(archive: Archive, name: str) -> np.ndarray:
-    """Returns the values of a label PNG, or the indices if it has a palette: uint8 [H, W].
-
-    Raises UserError, naming the file, if it is no image of one byte a pixel.
-    """
-    values = decode_label(archive.read(name), name)
-    if values.dtype != np.uint8:
-        raise UserError(f'{name} has labels of more than 8 bits')
-    return values
+    """Returns the values of a label PNG, or the indices if it has a palette: uint8 [H, W]."""
+    return decode_label(archive.read(name), name)
 
 
 def example(pair: Pair, image: bytes, label: np.ndarray) -> tuple[str, dict[str, Any]]:

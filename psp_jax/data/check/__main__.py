@@ -107,8 +107,7 @@ def check(config: ConfigDict, show_to: str = '', fix_to: str = '') -> None:
     findings += judge(splits, data)
     _print_report(splits, findings, data)
 
-    faults = [finding for finding in findings if not finding.is_note]
-    bad = {split.name: {f.example for f in faults if f.split == split.name} for split in splits}
+    bad = {split.name: {f.example for f in findings if f.split == split.name} for split in splits}
     if show_to:
         _show(config, bad, show_to)
     remedy = ', or see --fix-list in --help' if has_files else ''
@@ -116,9 +115,9 @@ def check(config: ConfigDict, show_to: str = '', fix_to: str = '') -> None:
         remedy = ', or train on the lists without them'
     total = sum(split.source.length for split in splits)
     print(f'\n{total} examples read in {seconds:.0f} s', flush=True)
-    if faults:
-        files = len({fault.file for fault in faults})
-        raise UserError(f'{len(faults)} faults in {files} files: correct them{remedy}')
+    if findings:
+        files = len({finding.file for finding in findings})
+        raise UserError(f'{len(findings)} faults in {files} files: correct them{remedy}')
     print('no faults')
 
 

@@ -1,4 +1,4 @@
-"""Judges the facts of a data set: what is a fault, with its likely cause, and what is a note."""
+"""Judges the facts of a data set: what is wrong with the examples together, and why."""
 
 import shlex
 from collections import Counter
@@ -14,19 +14,16 @@ FEW = 0.05  # a value in a larger share of the labels is no accident
 
 TWICE = 'Listed more than once: delete the repeated lines'
 LEAKED = 'Images of train that are also in val or test: take them off train'
-# Notes
-VOID = 'Labels without a pixel of a class'
-EQUAL = 'Files of equal content'
-ABSENT = 'Classes without a pixel in train'
 
 
 def judge(splits: Sequence[Split], data: ConfigDict) -> list[Finding]:
-    """Returns all faults and notes that the examples show together."""
-    findings: list[Finding] = []
-    for split in splits:
-        findings += [*judge_values(split, data), *judge_map(split, data)]
-        findings += _void_labels(split, class_ids(data))
-    return [*findings, *judge_copies(splits), *judge_classes(splits, data)]
+    """Returns all faults that the examples show together."""
+    of_labels = [
+        finding
+        for split in splits
+        for finding in (*judge_values(split, data), *judge_map(split, data))
+    ]
+    return [*of_labels, *judge_copies(splits)]
 
 
 def judge_values(split: Split, data: ConfigDict) -> Iterator[Finding]:
@@ -98,31 +95,10 @@ def judge_map(split: Split, data: ConfigDict) -> Iterator[Finding]:
         yield Finding(heading, split.name, -1, f'labels of {split.name}', text)
 
 
-def _void_labels(split: Split, ids: Sequence[int]) -> Iterator[Finding]:
-    for i, facts in enumerate(split.facts):
-        if {ids[value] for value in facts.pixels} == {IGNORE}:
-            file = split.source.names(i)[1]
-            yield Finding(VOID, split.name, i, file, file, is_note=True)
-
-
-def judge_classes(splits: Sequence[Split], data: ConfigDict) -> Iterator[Finding]:
-    """Yields notes on the classes that train lacks, and in which other split they are."""
-    labels = {split.name: totals(split, class_ids(data))[1] for split in splits}
-    for split in labels if labels.get('train') else ():
-        for i, name in enumerate(label_space(data.classes).names):
-            if not labels['train'][i] and (split == 'train' or labels[split][i]):
-                has = f' is in {labels[split][i]} labels' if labels[split][i] else ''
-                yield Finding(ABSENT, split, -1, '', f'{i} {name}{has}', is_note=True)
-
-
 def judge_copies(splits: Sequence[Split]) -> Iterator[Finding]:
-    """Yields a finding for each image that is there twice.
-
-    Faults are a path listed twice in a split, and an image of train whose content is also in val
-    or test; notes are equal content in two files of a split, or in val and test.
-    """
-    first: dict[bytes, tuple[Split, int]] = {}
-    for split in sorted(splits, key=lambda split: ('val', 'test', 'train').index(split.name)):
+    """Yields a fault for each path listed twice, and each image of train also in val or test."""
+    held_out: dict[bytes, tuple[Split, int]] = {}  # by the hash of the image
+    for split in sorted(splits, key=lambda split: split.name == 'train'):  # train last
         paths: set[str] = set()
         for i, facts in enumerate(split.facts):
             name = split.source.names(i)[0]
@@ -130,14 +106,12 @@ def judge_copies(splits: Sequence[Split]) -> Iterator[Finding]:
                 yield Finding(TWICE, split.name, i, name, name)
                 continue
             paths.add(name)
-            other, at = first.setdefault(facts.digest, (split, i))
-            if facts.digest and (other is not split or at != i):
-                is_leak = other is not split and split.name == 'train'
-                text = f'{name} = {other.source.names(at)[0]}'
-                text += f' of {other.name}' if other is not split else ''
-                yield Finding(
-                    LEAKED if is_leak else EQUAL, split.name, i, name, text, is_note=not is_leak
-                )
+            if split.name != 'train':
+                held_out.setdefault(facts.digest, (split, i))
+            elif facts.digest and facts.digest in held_out:
+                other, at = held_out[facts.digest]
+                text = f'{name} = {other.source.names(at)[0]} of {other.name}'
+                yield Finding(LEAKED, split.name, i, name, text)
 
 
 def _map_flag(label_map: object) -> str:

@@ -27,11 +27,10 @@ SIZES = 'Image and label differ in size (width x height): does the label belong 
 
 
 class Finding(NamedTuple):
-    """A fault or a note.
+    """A fault.
 
-    heading: what it is. example: its number in the split, -1 if it concerns no single one. file:
-    the file that is to blame. text: the line that is printed. is_note: whether it may be as the
-    user wants it.
+    heading: what it is, with the remedy. example: its number in the split, -1 if it concerns no
+    single one. file: the file that is to blame. text: the line that is printed.
     """
 
     heading: str
@@ -39,7 +38,6 @@ class Finding(NamedTuple):
     example: int
     file: str
     text: str
-    is_note: bool = False
 
 
 class Facts(NamedTuple):

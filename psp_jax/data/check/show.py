@@ -55,14 +55,13 @@ def class_lines(splits: Sequence[Split], data: ConfigDict) -> list[str]:
 
 
 def finding_lines(findings: Sequence[Finding]) -> list[str]:
-    """Returns the findings under their headings, at most LISTED of each; notes first."""
+    """Returns the faults under their headings, at most LISTED of each."""
     groups: dict[str, list[Finding]] = {}
-    for finding in sorted(findings, key=lambda finding: not finding.is_note):
+    for finding in findings:
         groups.setdefault(finding.heading, []).append(finding)
     lines = []
     for heading, group in groups.items():
-        kind = 'Note' if group[0].is_note else 'Fault'
-        text = f'{kind} ({len(group)}): {heading}'
+        text = f'Fault ({len(group)}): {heading}'
         lines += ['', textwrap.fill(text, 98, subsequent_indent=' ' * 6, break_on_hyphens=False)]
         lines += [f'  {one.split:<6} {one.text}' for one in group[:LISTED]]
         lines += [f'         (and {len(group) - LISTED} more)'] if group[LISTED:] else []
