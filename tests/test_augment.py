@@ -199,15 +199,6 @@ def test_image_and_label_stay_aligned(changes):
     assert compared > 20_000
 
 
-def test_mirroring_turns_left_to_right():
-    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
-    label = np.random.default_rng(1).integers(0, 9, (20, 30), np.uint8)
-    data = settings_of(crop=(20, 30), mirror=1.0)
-    got, got_label = augment(image, label, np.random.default_rng(0), data)
-    np.testing.assert_array_equal(got, image[:, ::-1])
-    np.testing.assert_array_equal(got_label, label[:, ::-1])
-
-
 def test_padding_is_centred_and_exactly_the_mean_and_ignore():
     image = np.random.default_rng(0).integers(0, 256, (10, 13, 3), np.uint8)
     label = np.zeros((10, 13), np.uint8)

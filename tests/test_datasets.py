@@ -1,12 +1,10 @@
 """The TFDS builders, on small archives that have the layout of the real ones."""
 
 import errno
-import importlib.util
 import io
 import json
-import logging
 import os
-import subprocess
+import re
 import sys
 import tarfile
 import tempfile
@@ -25,11 +23,11 @@ from psp_jax.command_line import exit_code
 from psp_jax.data.check import __main__ as check
 from psp_jax.data.convert import __main__ as convert
 from psp_jax.data.labels import label_space
-from psp_jax.datasets import __main__, common, voc2012
+from psp_jax.datasets import __main__, common
 from psp_jax.datasets.ade20k import Ade20k
 from psp_jax.datasets.camvid import Camvid
 from psp_jax.datasets.cityscapes import Cityscapes
-from psp_jax.datasets.coco_voc import CocoVoc, draw
+from psp_jax.datasets.coco_voc import CocoVoc
 from psp_jax.datasets.voc2012 import Voc2012
 from psp_jax.errors import UserError
 
@@ -288,7 +286,7 @@ def test_a_builder_makes_its_splits_in_array_record_with_names_and_colours(built
     assert again.info.metadata['class_names'] == list(space.names)
     assert again.info.metadata['colors'] == space.colors.tolist()
     assert again.info.metadata['ignore'] == 255
-    assert 'Terms:' in again.info.description and '@' in again.info.citation
+    assert 'Terms:' in again.info.description
     assert again.info.homepage.startswith('http')
     example = again.as_data_source(next(iter(counts)))[0]
     assert example['label'].shape == (*example['image'].shape[:2], 1)
@@ -349,22 +347,6 @@ def test_the_first_instance_covers_later_ones_and_small_images_are_dropped(built
     assert set(read(built('coco_voc'), 'val')) == {'000000000139'}
 
 
-def test_categories_of_coco_are_the_classes_of_voc():
-    # COCO's names of the categories, and what VOC calls them
-    names = {
-        **{1: 'person', 2: 'bicycle', 3: 'car', 4: 'motorbike', 5: 'aeroplane', 6: 'bus'},
-        **{7: 'train', 9: 'boat', 16: 'bird', 17: 'cat', 18: 'dog', 19: 'horse', 20: 'sheep'},
-        **{21: 'cow', 44: 'bottle', 62: 'chair', 63: 'sofa', 64: 'pottedplant'},
-        **{67: 'diningtable', 72: 'tvmonitor'},
-    }
-    voc = label_space('voc2012').names
-    for category, name in names.items():
-        label = draw([instance(1, category, [rectangle(0, 0, 4, 4)])], 4, 4)
-        assert voc[label[2, 2]] == name
-    hole = [rectangle(0, 0, 4, 2), rectangle(0, 3, 4, 4)]  # one instance in two pieces
-    assert draw([instance(1, 1, hole)], 4, 4)[:, 1].tolist() == [15, 15, 0, 15]
-
-
 def test_another_format_wins_and_what_is_there_is_read_in_its_format(tmp_path):
     make_camvid(tmp_path)
     builder = build(Camvid, tmp_path, file_format='tfrecord')
@@ -376,7 +358,7 @@ def test_another_format_wins_and_what_is_there_is_read_in_its_format(tmp_path):
 
 def test_every_archive_of_voc_and_coco_has_a_checksum():
     for builder_class in (Voc2012, CocoVoc):
-        addresses = sys.modules[builder_class.__module__]._ADDRESSES
+        addresses = builder_class.ARCHIVES
         known = builder_class.url_infos
         assert {name: known[url].filename for name, url in addresses.items()} == {
             name: name for name in addresses
@@ -389,15 +371,6 @@ def test_array_records_reach_a_bucket(tmp_path):
     writer.write(address, iter([(0, b'first'), (1, b'second')]))
     tf.io.gfile.copy(address, str(tmp_path / 'copy'))
     assert ArrayRecordReader(str(tmp_path / 'copy')).read_all() == [b'first', b'second']
-
-
-def test_labels_without_any_class_and_unexpected_counts_are_logged(tmp_path, caplog):
-    make_ade20k(tmp_path)
-    with caplog.at_level(logging.WARNING, 'absl'):
-        build(Ade20k, tmp_path)
-    assert 'train: 3 images, but the published data set has 20210' in caplog.text
-    assert '1 labels hold no class: ADEChallengeData2016/annotations/training' in caplog.text
-    assert 'ADE_train_00000003.png' in caplog.text
 
 
 def test_a_value_that_is_no_class_is_an_error_naming_the_label(tmp_path):
@@ -433,16 +406,8 @@ def test_an_image_or_label_alone_is_an_error_naming_it(tmp_path):
     files = sbd_files()
     files.pop('benchmark_RELEASE/dataset/cls/2010_000005.mat')
     write_tar(tmp_path / 'benchmark.tgz', files, 'w:gz')
-    with pytest.raises(UserError, match='cls/2010_000005.mat is on the list but not in'):
+    with pytest.raises(UserError, match='benchmark.tgz holds no .*/cls/2010_000005.mat'):
         build(Voc2012, tmp_path)
-
-
-def test_a_label_in_colours_is_an_error_naming_it(tmp_path):
-    name = 'ADEChallengeData2016/annotations/training/ADE_train_00000002.png'
-    files = ade20k_files(**{name: image('colours', kind='png')})
-    write_zip(tmp_path / 'ADEChallengeData2016.zip', files)
-    with pytest.raises(UserError, match=f'{name} is a label of mode RGB'):
-        build(Ade20k, tmp_path)
 
 
 def test_an_archive_cut_off_is_an_error_naming_it(tmp_path):
@@ -455,59 +420,8 @@ def test_an_archive_cut_off_is_an_error_naming_it(tmp_path):
     ):
         path = tmp_path / name
         path.write_bytes(path.read_bytes()[:-3000] if '.tar' not in name else b'\1' * 3000)
-        with pytest.raises(UserError, match=f'{name} is not a whole'):
+        with pytest.raises(UserError, match=f'{name} cannot be read'):
             build(builder, tmp_path)
-
-
-def test_damaged_bytes_in_an_archive_are_an_error_naming_it(tmp_path):
-    zipped, tar, tgz = (tmp_path / name for name in ('one.zip', 'one.tar', 'one.tgz'))
-    noise = np.random.default_rng(0).integers(0, 4, 5_000, np.uint8).tobytes()  # can be deflated
-    with zipfile.ZipFile(zipped, 'w', zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr('picture', noise)
-    name = 'benchmark_RELEASE/dataset/train.txt'
-    write_tar(tar, {name: noise}, 'w')
-    write_tar(tgz, {name: noise}, 'w:gz')
-
-    def flipped(path: Path, at: int) -> Path:
-        content = bytearray(path.read_bytes())
-        content[at : at + 4] = b'\xff' * 4
-        damaged = path.with_stem(f'damaged{at}')
-        damaged.write_bytes(content)
-        return damaged
-
-    for at in (50, 300, 600):  # the first bytes of what is deflated, and later ones
-        damaged = flipped(zipped, at)
-        with pytest.raises(UserError, match=f'{damaged} is damaged at picture: delete it'):
-            common.open_zip(damaged).read('picture')
-    with pytest.raises(UserError, match='damaged0.zip is damaged at picture'):
-        common.open_zip(flipped(zipped, 0)).read('picture')
-    damaged = flipped(tgz, 20)
-    with pytest.raises(UserError, match=f'{damaged} is not a whole tgz file'):
-        voc2012.open_sbd(damaged)
-    read = voc2012.open_voc(tar).read
-    tar.write_bytes(tar.read_bytes()[:2_000])  # as it is read
-    with pytest.raises(UserError, match=f'{tar} is damaged at {name}'):
-        read(name)
-
-
-def test_an_archive_that_python_cannot_unpack_is_not_called_damaged(tmp_path):
-    path = tmp_path / 'one.zip'
-    write_zip(path, {'picture': b'content'})
-    content = bytearray(path.read_bytes())
-    entry = content.index(b'PK\1\2')  # flags and method are there too, 2 bytes further on
-    for at, value, said in (
-        (6, 1, "File 'picture' is encrypted"),
-        (8, 9, 'compression'),  # Deflate64
-    ):
-        packed = bytearray(content)
-        packed[at] = packed[entry + at + 2] = value
-        path.write_bytes(packed)
-        with pytest.raises(UserError) as error:
-            common.open_zip(path).read('picture')
-        message = str(error.value)
-        assert message.startswith(f'{path} is packed in a way that Python cannot read (')
-        assert said in message
-        assert message.endswith('): use the archive as its authors publish it')
 
 
 def test_a_damaged_label_of_sbd_is_an_error_naming_it_and_its_archive(tmp_path):
@@ -516,7 +430,7 @@ def test_a_damaged_label_of_sbd_is_an_error_naming_it_and_its_archive(tmp_path):
     content[150:160] = bytes(10)
     make_voc2012(tmp_path)
     write_tar(tmp_path / 'benchmark.tgz', sbd_files() | {name: bytes(content)}, 'w:gz')
-    with pytest.raises(UserError, match=f'benchmark.tgz is damaged at {name}'):
+    with pytest.raises(UserError, match=f'benchmark.tgz: {name} is damaged'):
         build(Voc2012, tmp_path)
 
 
@@ -533,7 +447,7 @@ def test_missing_archives_of_cityscapes_are_named_with_their_address(tmp_path):
     with pytest.raises(UserError) as error:
         build(Cityscapes, tmp_path)
     message = str(error.value)
-    assert 'lacks gtFine_trainvaltest.zip and gtCoarse.zip' in message
+    assert 'lacks gtCoarse.zip and gtFine_trainvaltest.zip' in message
     assert 'cityscapes-dataset.com' in message
 
 
@@ -547,40 +461,6 @@ def test_coco_without_pycocotools_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'pycocotools.mask', None)
     with pytest.raises(UserError, match='pip install pycocotools'):
         build(CocoVoc, tmp_path)
-
-
-def outside(*words: object) -> subprocess.CompletedProcess:
-    """Runs `python WORD...` in the checkout, where psp_jax is unknown as it is to `tfds`."""
-    paths = os.environ.get('PYTHONPATH', '').split(os.pathsep)
-    kept = os.pathsep.join(path for path in paths if path and not Path(path, 'psp_jax').exists())
-    return subprocess.run(
-        [sys.executable, '-P', *map(str, words)],
-        cwd=ROOT,
-        env=os.environ | {'PYTHONPATH': kept},
-        text=True,
-        capture_output=True,
-    )
-
-
-def test_our_builders_and_those_of_tfds_do_not_meet():
-    code = """
-import sys
-import tensorflow_datasets as tfds
-for name in sys.argv[1:]:  # as `tfds build psp_jax/datasets/NAME.py` does
-    with tfds.core.utils.add_sys_path('psp_jax/datasets'):
-        assert tfds.core.community.builder_cls_from_module(name).name == name
-def ours():
-    from psp_jax.datasets import ade20k, camvid, cityscapes, coco_voc, voc2012
-ours()
-assert not {'torch', 'jax', 'tensorflow'} & set(sys.modules)
-tfds.list_builders()
-tfds.builder('oxford_iiit_pet', data_dir='nowhere')
-for name in [name for name in sys.modules if name.startswith('psp_jax')]:
-    del sys.modules[name]
-ours()  # the other order
-"""
-    run = outside('-c', code, *BUILDERS)
-    assert run.returncode == 0, run.stderr
 
 
 def test_the_command_line_builds_and_names_mistakes(tmp_path, capsys):
@@ -604,22 +484,9 @@ def test_the_command_line_builds_and_names_mistakes(tmp_path, capsys):
     assert (tmp_path / 'data/cityscapes/1.0.0/cityscapes-val.array_record-00000-of-00001').exists()
 
 
-def test_a_folder_that_is_a_file_or_of_an_unknown_scheme_is_said(tmp_path, capsys):
-    file = tmp_path / 'file'
-    file.touch()
-    for words, message in (
-        (['--data_dir', str(file)], f'--data_dir={file}: is no folder'),
-        (['--download_dir', str(file)], f'--download_dir={file}: is no folder'),
-        (['--data_dir', 's3://bucket/x'], 's3://bucket/x: TensorFlow knows no s3://'),
-        (['--manual_dir', 'foo://x'], 'foo://x: TensorFlow knows no foo://'),
-    ):
-        assert exit_code(__main__.run, ['camvid', *words]) == 2
-        said = capsys.readouterr().err
-        assert message in said and said.count('\n') == 1
-    make_camvid(tmp_path)
-    words = ['camvid', '--data_dir', f'{file}/below', '--manual_dir', str(tmp_path)]
-    assert exit_code(__main__.run, words) == 2
-    assert "Not a directory: '" in (said := capsys.readouterr().err) and '--manual' not in said
+def test_an_address_of_an_unknown_scheme_is_named(capsys):
+    assert exit_code(__main__.run, ['camvid', '--data_dir', 's3://bucket/x']) == 2
+    assert 's3://bucket/x: TensorFlow knows no s3://' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('number', [errno.EIO, errno.ECONNREFUSED, errno.EACCES])
@@ -646,29 +513,14 @@ def test_help_lists_the_exit_codes(capsys, run):
         assert code in codes
 
 
-def test_warnings_come_again_at_the_end_and_nothing_is_said_of_unknown_sizes(tmp_path, capsys):
+def test_warnings_are_printed_at_the_end(tmp_path, capsys):
     make_ade20k(tmp_path)
     words = ['ade20k', '--data_dir', f'{tmp_path}/data', '--manual_dir', str(tmp_path)]
     assert exit_code(__main__.run, words) == 0
     said = capsys.readouterr()
     assert said.out.splitlines()[0] == f'preparing ade20k in {tmp_path}/data/ade20k/1.0.0'
-    assert 'Unknown size' not in said.out and 'Variant folder' not in said.err
-    last = said.err.splitlines()[-1]
-    assert last.startswith('warning: 1 labels hold no class') and 'ADE_train_00000003.png' in last
-
-
-def test_tfds_build_works_from_the_checkout(tmp_path):
-    for package in ('apache_beam', 'mlcroissant'):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f'the command tfds cannot start without {package}')
-    make_cityscapes(tmp_path)
-    words = ['build', 'psp_jax/datasets/cityscapes.py']
-    folders = ['--data_dir', tmp_path / 'data', '--manual_dir', tmp_path]
-    run = outside('-m', 'tensorflow_datasets.scripts.cli.main', *words, *folders)
-    assert run.returncode == 0, run.stderr
-    files = {path.name for path in (tmp_path / 'data/cityscapes/1.0.0').iterdir()}
-    assert 'cityscapes-train.array_record-00000-of-00001' in files
-    assert 'cityscapes-val.array_record-00000-of-00001' in files
+    assert 'warning: train: 3 images, but 20210 are published\n' in said.err
+    assert re.search('warning: 1 labels hold no class: .*ADE_train_00000003.png\n', said.err)
 
 
 def photographs(variable: str, *folders: str) -> list[list[Path]]:

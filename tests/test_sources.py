@@ -1,9 +1,9 @@
 import errno
 import os
+import shutil
 import struct
 import zlib
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from psp_jax.data import decode, scenes
+from psp_jax.data.examples import Source
 from psp_jax.data.labels import label_space
-from psp_jax.data.sources import Source, check_source, make_source
+from psp_jax.data.sources import check_source, make_source
 from psp_jax.errors import PassingError, UserError
 
 CLASSES = 5
@@ -93,11 +94,6 @@ def test_without_a_tab_the_last_space_divides_a_line(folder):
     np.testing.assert_array_equal(read(folder)[0], an_image())
 
 
-def test_an_absolute_list_needs_no_root(folder):
-    (folder / 'train.txt').write_text(f'{folder}/image.png {folder}/label.png\n')
-    assert read('', train=str(folder / 'train.txt'))[0].shape == (12, 16, 3)
-
-
 def test_a_file_scheme_is_read_through_tensorflow(folder):
     assert read(f'file://{folder}')[0].shape == (12, 16, 3)
     (folder / 'label.png').unlink()
@@ -155,7 +151,7 @@ def test_folders_are_paired_by_name_in_sorted_order(folders):
     np.testing.assert_array_equal(source.read(1)[1], a_label())
 
 
-def test_pictures_without_a_partner_are_named(folders):
+def test_images_without_a_partner_are_named(folders):
     root = Path(folders.root)
     (root / 'y/two.png').unlink()
     with pytest.raises(UserError, match=r'x/two.jpg has no partner of the same name in .*/y'):
@@ -165,8 +161,8 @@ def test_pictures_without_a_partner_are_named(folders):
     (root / 'x/sub/three.jpg').unlink()
     with pytest.raises(UserError, match=r'y/one.png has no partner .* \(and 1 more\)'):
         make_source(folders, 'train')
-    for path in (root / 'y').rglob('*.png'):
-        path.unlink()
+    shutil.rmtree(root / 'y')
+    (root / 'y').mkdir()
     with pytest.raises(UserError, match='holds no image'):
         make_source(folders, 'train')
 
@@ -180,10 +176,6 @@ def test_wrong_folders_are_named(folders):
         with pytest.raises(UserError, match='/z is not a folder'):
             make_source(folders, 'train')
         folders.train = 'x,y'
-    Image.fromarray(an_image()).save(Path(folders.root, 'x/a\tname.png'))
-    with pytest.raises(UserError, match=r"x/a\\tname.png': rename it"):
-        make_source(folders, 'train')
-    Path(folders.root, 'x/a\tname.png').unlink()
     Image.fromarray(an_image()).save(Path(folders.root, 'x/one.png'))
     with pytest.raises(UserError, match=r'one.jpg and .*one.png have the same name'):
         make_source(folders, 'train')
@@ -257,17 +249,6 @@ def test_a_truncated_file_is_named(folder, suffix, keep):
         read(folder)
 
 
-def test_a_corrupt_file_is_named(folder):
-    content = bytearray((folder / 'image.png').read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    (folder / 'image.png').write_bytes(content)
-    with pytest.raises(UserError, match='image.png cannot be decoded'):
-        read(folder)
-    (folder / 'image.png').write_text('<html>404</html>')
-    with pytest.raises(UserError, match='image.png cannot be decoded .not a known picture format'):
-        read(folder)
-
-
 def test_a_png_whose_checksum_does_not_fit_is_named(folder):
     content = png(a_label(), 8)
     at = content.index(b'IDAT') - 4
@@ -291,7 +272,7 @@ def test_a_palette_label_gives_its_indices(folder):
 
 
 def png(label, depth, color_type=0):
-    """A PNG of grey with `depth` bits a pixel, which Pillow reads but does not write."""
+    """A grey PNG with `depth` bits a pixel; Pillow reads but does not write these."""
     bits = np.unpackbits(label[..., None], axis=-1)[..., -depth:].reshape(len(label), -1)
     rows = b''.join(b'\0' + np.packbits(row).tobytes() for row in bits)
     header = struct.pack('>IIBBBBB', label.shape[1], label.shape[0], depth, color_type, 0, 0, 0)
@@ -308,15 +289,6 @@ def png(label, depth, color_type=0):
 def test_grey_labels_of_few_bits_give_the_stored_values(folder, depth):
     label = a_label() % min(CLASSES, 2**depth)
     (folder / 'label.png').write_bytes(png(label, depth))
-    np.testing.assert_array_equal(read(folder)[1], label)
-
-
-@pytest.mark.parametrize('bits', [1, 2, 4])
-def test_palette_labels_of_few_bits_give_the_stored_values(folder, bits):
-    label = a_label() % min(CLASSES, 2**bits)
-    picture = Image.fromarray(label)
-    picture.putpalette(list(range(3, 3 + 3 * 2**bits)))
-    picture.save(folder / 'label.png', bits=bits)
     np.testing.assert_array_equal(read(folder)[1], label)
 
 
@@ -355,7 +327,9 @@ def test_a_lossy_label_is_refused(folder):
     [
         (5, {}, r'label value 5 is outside the 5 classes 0..4 .*data.label_map=minus_one.*5: 255'),
         (254, {}, r'label value 254 is outside the 5 classes 0..4 .*check data.classes'),
-        (33, {'classes': 'cityscapes'}, r'value 33 is outside the 19 .*=cityscapes_ids'),
+        (33, {'classes': 'cityscapes'}, r"value 33 is outside the 19 .*='cityscapes_ids'"),
+        (150, {'classes': 'ade20k'}, r"value 150 is outside the 150 .*='minus_one'"),
+        (11, {'classes': 'camvid'}, r"value 11 is outside the 11 .*='{11: 255}'"),
         (7, {'label_map': 'minus_one'}, r'value 7 \(class 6 by data.label_map\) is outside'),
     ],
 )
@@ -388,18 +362,6 @@ def test_a_missing_file_anywhere_in_the_set_is_found(folder):
         check_source(source)
 
 
-def test_the_check_reads_examples_spread_over_the_set():
-    def seen_by_check(length, examples):
-        seen = []
-        check_source(Source(length, str, lambda i: (seen.append(i), seen)), examples)
-        return sorted(seen)
-
-    assert seen_by_check(3, 64) == [0, 1, 2]
-    many = seen_by_check(1000, 64)
-    assert (len(many), many[0], many[-1]) == (64, 0, 999)
-    assert {15, 16} >= set(np.diff(many).tolist())
-
-
 def test_the_check_reports_the_first_bad_example(folder):
     def broken(index):
         if index >= 10:
@@ -410,7 +372,7 @@ def test_the_check_reports_the_first_bad_example(folder):
         check_source(Source(20, str, broken))
 
 
-def test_where_bad_examples_are_skipped_the_check_lets_some_pass(folder):
+def test_if_bad_examples_are_skipped_the_check_lets_some_pass(folder):
     lines = ['image.png label.png'] * 100
     lines[50] = 'gone.png label.png'
     (folder / 'train.txt').write_text('\n'.join(lines))
@@ -442,39 +404,6 @@ def test_a_disk_that_does_not_answer_is_asked_again(folder, monkeypatch):
     with pytest.raises(UserError, match='Is a directory'):
         answers[:] = [True]
         decode.read_bytes(str(folder))
-
-
-@pytest.mark.parametrize('name', ['ENOTCONN', 'EMFILE', 'ENOMEM', 'ECONNREFUSED', 'ENOLCK'])
-def test_a_mount_that_died_or_a_machine_short_of_something_is_no_bad_file(
-    folder, monkeypatch, name
-):
-    code = getattr(errno, name)
-    error = OSError(code, os.strerror(code))
-    monkeypatch.setattr(decode, 'open', mock.Mock(side_effect=error), raising=False)
-    monkeypatch.setattr(decode, '_PAUSES', (0, 0))
-    with pytest.raises(PassingError, match='image.png cannot be read'):
-        decode.read_bytes(str(folder / 'image.png'))
-    monkeypatch.setattr(decode.os, 'stat', mock.Mock(side_effect=error))
-    with pytest.raises(PassingError, match='image.png cannot be read'):
-        decode.exists(str(folder / 'image.png'))
-
-
-def test_a_folder_that_does_not_answer_is_not_taken_for_an_empty_one(folders, monkeypatch):
-    def walk(top, onerror, followlinks):
-        onerror(OSError(errno.EIO, os.strerror(errno.EIO), top))
-        return iter(())
-
-    monkeypatch.setattr(os, 'walk', walk)
-    with pytest.raises(PassingError, match='/x cannot be read: Input/output error'):
-        make_source(folders, 'train')
-
-
-def test_a_machine_without_memory_is_not_taken_for_bad_files(folder, monkeypatch):
-    content = (folder / 'label.png').read_bytes()
-    monkeypatch.setattr(decode.Image, 'open', mock.Mock(side_effect=MemoryError))
-    for decoded in (decode.decode_image, decode.decode_label):
-        with pytest.raises(MemoryError):
-            decoded(content, 'label.png')
 
 
 def test_an_address_that_tensorflow_does_not_know_needs_a_mount(folder):

@@ -1,7 +1,5 @@
 """Reading what TFDS has prepared: against the files it was made of, and through a whole run."""
 
-import errno
-import os
 import shutil
 from unittest import mock
 
@@ -103,8 +101,11 @@ def test_parts_of_a_split_are_splits(pets):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'train': 'training'}, "there is no split 'training', or nothing in it, only train, test"),
-        ({'train': 'train[3:1]'}, 'or nothing in it'),
+        (
+            {'train': 'training'},
+            "no split 'training', or it is empty; there are train, test",
+        ),
+        ({'train': 'train[3:1]'}, 'or it is empty'),
         ({'source': 'tfds:mnist'}, 'is not prepared in .*run `python -m psp_jax.datasets mnist'),
         ({'source': 'tfds:cityscapes'}, 'run `python -m psp_jax.datasets cityscapes --data_dir'),
         ({'source': 'tfds:no_such_data'}, 'tfds:no_such_data: is not prepared'),
@@ -119,7 +120,7 @@ def test_what_cannot_be_read_is_said(pets, changes, message):
 
 def test_tfrecord_cannot_be_read_by_index(pets, tmp_path):
     prepare(pets[1], tmp_path, 'tfrecord')
-    with pytest.raises(UserError, match=r'is stored as tfrecord.*delete it and run `python -m'):
+    with pytest.raises(UserError, match=r'is stored as tfrecord.*delete .* and run `python -m'):
         make_source(data_of(tmp_path), 'train')
 
 
@@ -127,7 +128,7 @@ def test_a_damaged_record_file_is_named(pets, tmp_path):
     shutil.copytree(pets[0], tmp_path / 'copy')
     for path in (tmp_path / 'copy').rglob('*train.array_record*'):
         path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=r'example \d of oxford_iiit_pet/train in .*delete'):
+    with pytest.raises(UserError, match=r'example \d of oxford_iiit_pet/train cannot .*delete'):
         check_source(make_source(data_of(tmp_path / 'copy'), 'train'))
 
 
@@ -153,20 +154,11 @@ def test_a_disk_or_bucket_that_does_not_answer_is_asked_again_and_is_no_bad_data
     answers[:] = [True, False, False]
     assert source.encoded(0).image
     answers[:] = [False] * 3
-    with pytest.raises(
-        PassingError, match='example 0 of oxford_iiit_pet/train in .*cannot be read'
-    ):
+    with pytest.raises(PassingError, match='example 0 of oxford_iiit_pet/train cannot be read'):
         source.read(0)
     monkeypatch.setattr(ArrayRecordDataSource, '__getitem__', mock.Mock(side_effect=MemoryError))
     with pytest.raises(MemoryError):
         source.read(0)
-
-
-def test_a_folder_of_a_data_set_that_does_not_answer_is_no_bad_data(pets, monkeypatch):
-    error = OSError(errno.EIO, os.strerror(errno.EIO))
-    monkeypatch.setattr(tfds, 'builder', mock.Mock(side_effect=error))
-    with pytest.raises(PassingError, match='oxford_iiit_pet cannot be opened'):
-        make_source(data_of(pets[0]), 'train')
 
 
 def test_batches_are_those_of_a_list_of_the_same_files(pets, small_config):

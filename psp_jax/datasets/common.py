@@ -68,6 +68,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
     HOMEPAGE: ClassVar[str]
     # Addresses of the archives by their file names; '' = the user has to put it into manual_dir.
     ARCHIVES: ClassVar[dict[str, str]]
+    MANUAL_DOWNLOAD_INSTRUCTIONS = 'The archives are downloaded unless they lie in the folder.'
 
     def __init__(self, *, file_format: str | None = None, **kwargs: Any):
         super().__init__(file_format=file_format, **kwargs)
