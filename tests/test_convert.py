@@ -471,15 +471,6 @@ def test_validation_images_are_chosen_among_those_that_were_converted():
     assert len(Path('out/train.txt').read_text().splitlines()) == 3
 
 
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
-    save_labelme('home/in/x', area('a', 0, 0, 5, 3), image='y.jpg')
-    save_image('home/photos/y.jpg')
-    convert.run(['labelme', '~/in', '--output=~/out', '--images=~/photos'])
-    assert list(labels_in('home/out')) == ['x.png']
-    assert os.listdir() == ['home']
-
-
 @pytest.mark.parametrize(
     ('file', 'text', 'words', 'message'),
     [

@@ -49,11 +49,6 @@ def decode_image(content: bytes, name: str) -> np.ndarray:
         return np.asarray(opaque.convert('RGB'))
 
 
-def read_label(path: str) -> np.ndarray:
-    """Reads and decodes a label map; see `decode_label`."""
-    return decode_label(read_bytes(path), path)
-
-
 def decode_label(content: bytes, name: str) -> np.ndarray:
     """Decodes a label map to the stored values: integers [H, W], the indices if it has a palette.
 
@@ -89,8 +84,6 @@ def _decoding(content: bytes, name: str) -> Iterator[ImageFile.ImageFile]:
                 image.verify()
         with Image.open(io.BytesIO(content)) as image:
             yield image
-    except MemoryError:  # says nothing about the file
-        raise
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
         reason = ' '.join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
@@ -191,7 +184,7 @@ def naming(path: str) -> Iterator[None]:
         kind = PassingError if is_passing(error) else UserError
         raise kind(f'{path} cannot be read: {error.strerror or error}') from None
     except Exception as error:
-        if '://' not in path or isinstance(error, MemoryError):
+        if '://' not in path:
             raise
         if getattr(error, 'error_code', None) == _UNIMPLEMENTED:
             raise UserError(

@@ -56,8 +56,6 @@ class Records:
     def _read_once(self, index: int) -> Mapping[str, Any]:
         try:
             return self.records[index]
-        except MemoryError:
-            raise
         except Exception as error:  # array_record raises whatever its C++ code raises
             message = f'example {index} of {self.title} cannot be read'
             reason = ' '.join(str(error).split())

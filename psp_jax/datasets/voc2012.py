@@ -95,7 +95,7 @@ def read_mat(sbd: common.Archive, name: str) -> np.ndarray:
     """Returns the class ids uint8 [H, W] in one of SBD's .mat files."""
     try:
         return scipy.io.loadmat(io.BytesIO(sbd.read(name)))['GTcls']['Segmentation'][0, 0]
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except Exception as error:  # SciPy raises nearly anything on broken files
         raise UserError(f'{sbd.path}: {name} is damaged: delete it and run this again') from error
