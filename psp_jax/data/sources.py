@@ -44,7 +44,7 @@ def make_source(data: ConfigDict, split: str) -> Source:
 def _paired_source(data: ConfigDict, split: str) -> Source:
     pairs, problems = find_pairs(data, split)
     if problems:
-        raise UserError(some(problems, 1))
+        raise UserError(first_few(problems, 1))
     return files_source(pairs, data)
 
 
@@ -162,7 +162,7 @@ def root_of(data: ConfigDict) -> str:
 def _list_pairs(data: ConfigDict, split: str) -> tuple[list[Pair], list[str]]:
     """Reads the list file data[split]; raises UserError also if only some lines have labels."""
     root = root_of(data)
-    path = joined(root, data[split])
+    path = _full_path(root, data[split])
     try:
         text = read_bytes(path).decode('utf-8-sig')
     except UnicodeDecodeError:
@@ -184,7 +184,7 @@ def _list_pairs(data: ConfigDict, split: str) -> tuple[list[Pair], list[str]]:
                 '(two paths, separated by a tab or by the last space)'
             )
     if not pairs:
-        raise UserError(some(problems or [f'{path} lists no example'], 1))
+        raise UserError(first_few(problems or [f'{path} lists no example'], 1))
     unlabelled = sum(not label for _, label in pairs)
     if 0 < unlabelled < len(pairs):
         raise UserError(f'{path}: {unlabelled} of {len(pairs)} lines have no label; all or none')
@@ -193,14 +193,14 @@ def _list_pairs(data: ConfigDict, split: str) -> tuple[list[Pair], list[str]]:
     slashed = next((field for pair in pairs for field in pair if field.startswith('/')), '')
     if slashed and root and not exists(slashed):
         pairs = [[field.lstrip('/') for field in pair] for pair in pairs]
-    full = [(joined(root, image), label and joined(root, label)) for image, label in pairs]
+    full = [(_full_path(root, image), label and _full_path(root, label)) for image, label in pairs]
     return full, problems
 
 
 def _dir_pairs(data: ConfigDict, split: str) -> tuple[list[Pair], list[str]]:
     """Pairs the files of the folders data[split]; raises UserError also if a folder is missing."""
     key, root = f'data.{split}', root_of(data)
-    paths = [joined(root, part.strip()) for part in data[split].split(',')]
+    paths = [_full_path(root, part.strip()) for part in data[split].split(',')]
     if len(paths) == 1 and split == 'test':
         found, problems = _list_dir(paths[0])
         if not found:
@@ -217,7 +217,7 @@ def _dir_pairs(data: ConfigDict, split: str) -> tuple[list[Pair], list[str]]:
     ]
     pairs = [(images[stem], labels[stem]) for stem in sorted(images.keys() & labels.keys())]
     if not pairs:
-        raise UserError(some(problems or [f'{key}: {paths[0]} holds no image'], 1))
+        raise UserError(first_few(problems or [f'{key}: {paths[0]} holds no image'], 1))
     return pairs, problems
 
 
@@ -261,11 +261,11 @@ def _stop(error: OSError) -> None:
         raise error
 
 
-def joined(root: str, path: str) -> str:
+def _full_path(root: str, path: str) -> str:
     """Returns a path of the configuration or of a list: relative ones lie in `root`."""
     return path if '://' in path else os.path.join(root, os.path.expanduser(path))
 
 
-def some(items: Sequence[str], most: int = 5) -> str:
+def first_few(items: Sequence[str], most: int = 5) -> str:
     """Returns 'a, b, c (and 7 more)'."""
     return ', '.join(items[:most]) + (f' (and {len(items) - most} more)' if items[most:] else '')

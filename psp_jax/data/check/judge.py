@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from psp_jax.data.check.read import BEYOND, NO_CLASS, Finding, Split, class_ids, totals
 from psp_jax.data.labels import IGNORE, label_space, published_map
-from psp_jax.data.sources import some
+from psp_jax.data.sources import first_few
 
 FEW = 0.05  # a value in a larger share of the labels is no accident
 
@@ -126,4 +126,4 @@ def ranges(values: Sequence[int]) -> str:
             runs[-1].append(value)
         else:
             runs.append([value])
-    return some([f'{run[0]}..{run[-1]}' if run[1:] else f'{run[0]}' for run in runs], 12)
+    return first_few([f'{run[0]}..{run[-1]}' if run[1:] else f'{run[0]}' for run in runs], 12)

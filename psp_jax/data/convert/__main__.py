@@ -29,7 +29,7 @@ from tqdm import tqdm
 from psp_jax.command_line import Parser, exit_code
 from psp_jax.data.convert.formats import FORMATS, Plan
 from psp_jax.data.labels import label_space, palette
-from psp_jax.data.sources import some
+from psp_jax.data.sources import first_few
 from psp_jax.errors import UserError
 
 Done = tuple[str, frozenset[str]]  # the line of a list, and labels that are no classes
@@ -99,7 +99,7 @@ def convert(plan: Plan, output: str, val: float = 0) -> None:
     bad = [str(error) for error in results if isinstance(error, UserError)]
     for text in bad:
         print(f'not made: {text}')
-    failure = f'{len(bad)} of {len(names)} label maps were not made: {some(bad, 1)}'
+    failure = f'{len(bad)} of {len(names)} label maps were not made: {first_few(bad, 1)}'
     if val and len(made) < 2:
         raise UserError(f'--val={val}: train and val need an image each; {failure}')
     lists = _split(list(made), val) if val else plan.lists

@@ -21,7 +21,7 @@ from psp_jax.data.convert import annotations
 from psp_jax.data.convert.annotations import IGNORED, Shape, Size
 from psp_jax.data.decode import exists, read_bytes, read_image
 from psp_jax.data.labels import IGNORE, label_space
-from psp_jax.data.sources import PICTURES, some
+from psp_jax.data.sources import PICTURES, first_few
 from psp_jax.errors import UserError
 
 T = TypeVar('T')
@@ -78,7 +78,7 @@ def _make_labelme(files: Mapping[str, str], ids: Ids, images: str, name: str) ->
     written, size, shapes = _parsed(path, annotations.labelme)
     for shape in shapes:
         if shape.label not in ids:
-            known = some([label for label, value in ids.items() if value != IGNORE])
+            known = first_few([label for label, value in ids.items() if value != IGNORE])
             raise UserError(
                 f'{path}: label {shape.label!r} is none of the classes {known}: correct it, '
                 'or name it in --classes or --ignore'
@@ -223,7 +223,7 @@ def _classes(
     names = label_space(text).names if text else known
     for name in names if known else ():
         if name not in known:
-            raise UserError(f'--classes: {source} has no {name!r}; it has {some(known)}')
+            raise UserError(f'--classes: {source} has no {name!r}; it has {first_few(known)}')
     ignored = {IGNORED, *(label.strip() for label in flags.ignore.split(',') if label.strip())}
     left = [name for name in names if name not in ignored]
     if not 2 <= len(left) <= IGNORE:
