@@ -99,28 +99,6 @@ def test_without_rotation_it_equals_the_steps_done_one_after_the_other(seed, h, 
     assert np.abs(got_image - want_image).max() <= 2
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.integers(0, 2**32), st.floats(0.5, 2.0))
-def test_with_rotation_it_is_close_to_the_steps_done_one_after_the_other(seed, scale):
-    rng = np.random.default_rng(seed)
-    h, w = rng.integers(60, 120, 2)
-    assume((round(h * scale), round(w * scale)) != (h, w))
-    image, label = smooth_image(rng, h, w), blobs(rng, h, w)
-    data = everything(crop=(65, 81), scale=(scale, scale))
-    want_image, want_label, inside = one_after_the_other(image, label, seed, data)
-    got_image, got_label = augment(image, label, np.random.default_rng(seed), data)
-    assert (got_label == want_label).mean() > 0.995
-    edge = {'borderType': cv2.BORDER_CONSTANT, 'borderValue': 0}
-    # At the picture's edge it is mixed with the mean, over a pixel of the source or of the canvas.
-    core = cv2.erode(inside, np.ones((11, 11)), **edge).astype(bool)
-    difference = np.abs(got_image - want_image)[core]
-    assert difference.max(initial=0) <= 8
-    assert difference.sum() <= 1.2 * difference.size
-    far_out = cv2.dilate(inside, np.ones((13, 13))) == 0
-    np.testing.assert_array_equal(got_image[far_out], np.broadcast_to(FILL, (far_out.sum(), 3)))
-    assert (got_label[far_out] == 255).all()
-
-
 def test_the_label_is_resized_as_opencv_does_and_the_image_at_pixel_centres():
     columns = np.arange(10, dtype=np.uint8)
     label = np.broadcast_to(columns, (10, 10))

@@ -128,15 +128,6 @@ def test_a_good_set_is_counted_exactly(root, capsys, source):
     assert '11 examples read' in text
 
 
-def test_values_that_a_map_ignores_are_told_apart(root, capsys):
-    rows = rows_of(clean(capsys, config_of(root, label_map='{11: 255, 0: 255, 1: 0}')))
-    pixels = np.concatenate([some_label('train', i).ravel() for i in range(8)])
-    assert rows['ignored'][0] == f'{100 * np.isin(pixels, (0, 11)).mean():.2f} %'
-    assert rows['stored as 0'][0] == f'{100 * (pixels == 0).mean():.2f} %'
-    assert rows['c0'][0] == f'{100 * (pixels == 1).mean():.2f} %'
-    assert rows['c1'] == ['-'] * 4
-
-
 def test_a_test_split_of_images_alone_has_no_labels(root, capsys):
     (root / 'test').mkdir()
     for i in range(3):
@@ -255,20 +246,6 @@ def test_of_a_bad_list_the_other_split_is_still_read(root, tmp_path, capsys, cha
     assert f'Fault (1): data.val: correct it, or what it names\n  val    {message}\n' in text
     assert text.partition('used with\n')[2].split('\n')[0].endswith(' --config.data.val=')
     assert os.listdir(tmp_path / 'fixed') == ['train.txt']
-
-
-def test_missing_files_and_jpeg_labels_are_found(root, capsys):
-    (root / 'images/val/val 0.jpg').unlink()
-    (root / 'labels/train/train 0.png').unlink()
-    Image.fromarray(some_label('train', 1)).save(root / 'x.jpg')
-    (root / 'x.jpg').rename(root / 'labels/train/train 1.png')
-    faults, error = faults_of(capsys, config_of(root))
-    assert faults[read.UNREADABLE] == [
-        '  train  labels/train/train 0.png does not exist',
-        '  val    images/val/val 0.jpg does not exist',
-    ]
-    assert 'train 1.png is a JPEG' in faults[read.NO_LABEL][0]
-    assert error.startswith('3 faults in 3 files')
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_labels_of_colours_and_lossy_ones_are_refused(content, message):
 
 
 def classes_of(stored, classes='5', label_map=''):
-    return to_classes(stored, label_table(label_map), label_space(classes), label_map, 'a.png')
+    return to_classes(stored, label_table(label_map), label_space(classes), 'a.png')
 
 
 def test_the_label_map_is_applied():

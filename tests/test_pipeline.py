@@ -244,15 +244,3 @@ def test_evaluation_reads_ahead_in_parallel_but_not_without_bound():
     assert len(begun) <= 7  # two a thread, and the one that was asked for
     stream.close()
     assert len(begun) <= 7
-
-
-def test_an_error_in_evaluation_comes_where_its_example_would():
-    def read(index):
-        if index == 3:
-            raise UserError('3.jpg cannot be decoded')
-        return index
-
-    stream = read_ahead(read, range(9), threads=2)
-    assert [next(stream) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(UserError, match='^3.jpg cannot be decoded$'):
-        next(stream)

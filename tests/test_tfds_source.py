@@ -11,13 +11,11 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
-from test_resume import arrays_in
 
 from psp_jax.data import decode
 from psp_jax.data.pipeline import train_batches
 from psp_jax.data.sources import check_source, make_source
 from psp_jax.errors import PassingError, UserError
-from psp_jax.main import main
 
 PETS = 'tfds:oxford_iiit_pet'  # TFDS's own builder, of which TFDS says nothing about label maps
 NAMES = {'trainval': [f'Abyssinian_{i}' for i in range(5)], 'test': ['pug_7', 'pug_8']}
@@ -185,25 +183,3 @@ def test_batches_are_those_of_a_list_of_the_same_files(pets, small_config):
         for a, b in zip(ours, theirs, strict=True):
             for key in ('image', 'label', 'position'):
                 np.testing.assert_array_equal(a[key], b[key])
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings('ignore:Sharding info not provided')  # arrays go to this device
-def test_a_run_resumes_bit_for_bit(pets, small_config, programs, tmp_path, capsys):
-    words = ['--config', str(small_config), '--workdir', str(tmp_path / 'run')]
-    words += [f'--config.data.{key}={value}' for key, value in data_of(pets[0]).items()]
-    words += ['--config.data.classes=10', '--config.eval_every=10']
-    assert main(words) == 0
-    straight = arrays_in(tmp_path / 'run/checkpoints/10')
-    shutil.rmtree(tmp_path / 'run/checkpoints/10')
-    assert main(words) == 0
-    assert 'continuing from step 5 of' in capsys.readouterr().out
-    resumed = arrays_in(tmp_path / 'run/checkpoints/10')
-    assert straight.keys() == resumed.keys()
-    for name, value in straight.items():
-        np.testing.assert_array_equal(resumed[name], value, err_msg=name)
-    # predictions bear the images' names
-    words = ['--mode', 'eval', '--workdir', str(tmp_path / 'run')]
-    assert main([*words, '--config.eval.save_predictions=true']) == 0
-    written = {path.name for path in (tmp_path / 'run/eval').rglob('predictions/val/*')}
-    assert written == {'pug_7.png', 'pug_8.png'}

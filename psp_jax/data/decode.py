@@ -93,12 +93,10 @@ def _decoding(content: bytes, name: str) -> Iterator[ImageFile.ImageFile]:
         ) from error
 
 
-def to_classes(
-    stored: np.ndarray, table: np.ndarray, space: LabelSpace, label_map: str, name: str
-) -> np.ndarray:
+def to_classes(stored: np.ndarray, table: np.ndarray, space: LabelSpace, name: str) -> np.ndarray:
     """Translates stored values [H, W] to classes, uint8 [H, W].
 
-    table: `label_table` of `label_map`.
+    table: from stored values to classes, uint8 [256].
     Raises UserError, which calls the label `name` and guesses the cause, if a value is no class.
     """
     if stored.dtype != np.uint8:
@@ -112,11 +110,12 @@ def to_classes(
     if not wrong.any():
         return label
     value = int(stored[wrong].max())
-    mapped = '' if value == table[value] else f' (class {table[value]} by data.label_map)'
-    hint = 'check data.classes and data.label_map'
-    if not label_map and (published := published_map(space, [value])):
+    mapped, hint = '', 'check data.classes and data.label_map'
+    if value != table[value]:
+        mapped = f' (class {table[value]} by data.label_map)'
+    elif published := published_map(space, [value]):
         hint = f'are the labels stored as published? set data.label_map={published!r}'
-    elif not label_map and value == classes:
+    elif value == classes:
         hint = (
             'is 0 "other"? set data.label_map=minus_one; '
             f"is {value} void? set data.label_map='{{{value}: 255}}'"

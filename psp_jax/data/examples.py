@@ -1,7 +1,6 @@
 """What an example is, and what a source of examples is; the sources themselves are elsewhere."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from psp_jax.errors import UserError
 class Encoded(NamedTuple):
     """An example as it is stored: the bytes of image and label map, and what messages call them.
 
-    `label` is b'' in a split without labels.
+    In a split without labels `label` is b'' and `label_name` is ''.
     """
 
     image: bytes
@@ -47,35 +46,34 @@ class Source(NamedTuple):
         return self.files[index] if self.files else (self.name(index),) * 2
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """Decodes examples, with labels as classes of `space`. table: `label_table` of `label_map`."""
-
-    space: LabelSpace
-    label_map: str
-    table: np.ndarray
-
-    def decode(self, example: Encoded) -> tuple[np.ndarray, np.ndarray]:
-        """Returns image uint8 [H, W, 3] RGB and label uint8 [H, W] of one example.
-
-        Raises UserError, naming the file, if one is bad or their sizes differ.
-        """
-        image = decode_image(example.image, example.image_name)
-        stored = decode_label(example.label, example.label_name)
-        if image.shape[:2] != stored.shape:
-            sizes = [f'{a.shape[1]}x{a.shape[0]}' for a in (image, stored)]
-            raise UserError(
-                f'{example.image_name} is {sizes[0]} but its label {example.label_name} is '
-                f'{sizes[1]} (width x height, EXIF orientation applied): they must be of the same '
-                'size'
-            )
-        return image, self.classes_of(stored, example.label_name)
-
-    def classes_of(self, stored: np.ndarray, name: str) -> np.ndarray:
-        """Translates stored label values; see `to_classes`."""
-        return to_classes(stored, self.table, self.space, self.label_map, name)
+def stored_source(
+    length: int,
+    name: Callable[[int], str],
+    encoded: Callable[[int], Encoded],
+    data: ConfigDict,
+    files: Sequence[tuple[str, str]] = (),
+) -> Source:
+    """Returns the source of stored examples, with labels as classes of `data` (config.data)."""
+    space, table = label_space(data.classes), label_table(data.label_map)
+    labelled = not files or bool(files[0][1])
+    return Source(
+        length, name, lambda i: decode(encoded(i), space, table), files, labelled, encoded
+    )
 
 
-def decoder_of(data: ConfigDict) -> Decoder:
-    """Returns the decoder for data.classes and data.label_map."""
-    return Decoder(label_space(data.classes), data.label_map, label_table(data.label_map))
+def decode(example: Encoded, space: LabelSpace, table: np.ndarray) -> tuple[np.ndarray, Any]:
+    """Decodes one example; see `Source.read`. table: from stored label values to classes.
+
+    Raises UserError, naming the file, if one is bad or their sizes differ.
+    """
+    image = decode_image(example.image, example.image_name)
+    if not example.label_name:
+        return image, None
+    stored = decode_label(example.label, example.label_name)
+    if image.shape[:2] != stored.shape:
+        sizes = [f'{a.shape[1]}x{a.shape[0]}' for a in (image, stored)]
+        raise UserError(
+            f'{example.image_name} is {sizes[0]} but its label {example.label_name} is '
+            f'{sizes[1]} (width x height, EXIF orientation applied): they must be of the same size'
+        )
+    return image, to_classes(stored, table, space, example.label_name)

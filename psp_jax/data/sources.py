@@ -3,15 +3,14 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from psp_jax.data import scenes
-from psp_jax.data.decode import decode_image, exists, gfile, is_passing, naming, read_bytes
-from psp_jax.data.examples import Decoder, Encoded, Source, decoder_of
+from psp_jax.data.decode import exists, gfile, is_passing, naming, read_bytes, to_classes
+from psp_jax.data.examples import Encoded, Source, stored_source
+from psp_jax.data.labels import label_space, label_table
 from psp_jax.errors import UserError
 
 PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.gif')
@@ -51,29 +50,26 @@ def _paired_source(data: ConfigDict, split: str) -> Source:
 def _tfds_source(data: ConfigDict, split: str) -> Source:
     from psp_jax.data.tfds_source import open_split  # here, since importing TFDS takes seconds
 
-    records, decoder = open_split(data, split), decoder_of(data)
-    return Source(
-        records.length,
-        records.name,
-        lambda index: decoder.decode(records.encoded(index)),
-        encoded=records.encoded,
-    )
+    records = open_split(data, split)
+    return stored_source(records.length, records.name, records.encoded, data)
 
 
 def _scenes_source(data: ConfigDict, split: str) -> Source:
     first, _, last = data[split].partition(':')
     if not (first.strip().isdigit() and last.strip().isdigit()):
         raise UserError(f"data.{split} = {data[split]!r}: use 'FIRST:LAST', such as '0:1000'")
-    indices, decoder = range(int(first), int(last)), decoder_of(data)
+    indices = range(int(first), int(last))
     if not indices:
         raise UserError(f'data.{split} = {data[split]!r} holds no scene: LAST must exceed FIRST')
+
+    space, table = label_space(data.classes), label_table(data.label_map)
 
     def name(index: int) -> str:
         return f'scene {indices[index]}'
 
     def read(index: int) -> tuple[np.ndarray, np.ndarray]:
         image, stored = scenes.draw(indices[index])
-        return image, decoder.classes_of(stored, name(index))
+        return image, to_classes(stored, table, space, name(index))
 
     return Source(len(indices), name, read)
 
@@ -87,31 +83,17 @@ SOURCES: dict[str, Callable[[ConfigDict, str], Source]] = {
 }
 
 
-@dataclass(frozen=True)
-class _Files:
-    """Examples that are files of their own."""
-
-    pairs: Sequence[Pair]
-    decoder: Decoder
-
-    def name(self, index: int) -> str:
-        return ' '.join(self.pairs[index]).strip()
-
-    def encoded(self, index: int) -> Encoded:
-        image, label = self.pairs[index]
-        return Encoded(read_bytes(image), read_bytes(label) if label else b'', image, label)
-
-    def read(self, index: int) -> tuple[np.ndarray, Any]:
-        example = self.encoded(index)
-        if not example.label_name:
-            return decode_image(example.image, example.image_name), None
-        return self.decoder.decode(example)
-
-
 def files_source(pairs: Sequence[Pair], data: ConfigDict) -> Source:
     """Returns the source of one or more pairs of paths; either all or none have labels."""
-    files = _Files(pairs, decoder_of(data))
-    return Source(len(pairs), files.name, files.read, pairs, bool(pairs[0][1]), files.encoded)
+
+    def encoded(index: int) -> Encoded:
+        image, label = pairs[index]
+        return Encoded(read_bytes(image), read_bytes(label) if label else b'', image, label)
+
+    def name(index: int) -> str:
+        return ' '.join(pairs[index]).strip()
+
+    return stored_source(len(pairs), name, encoded, data, pairs)
 
 
 def check_source(source: Source, examples: int = 64, skip: bool = False) -> str:
