@@ -88,7 +88,7 @@ sizes = st.integers(4, 70)
 @settings(deadline=None, max_examples=150)
 @given(st.integers(0, 2**32), sizes, sizes, st.tuples(sizes, sizes), st.floats(0.3, 2.5))
 def test_without_rotation_it_equals_the_steps_done_one_after_the_other(seed, h, w, crop, scale):
-    # OpenCV copies, whatever the scale, where the size does not change.
+    # OpenCV copies, whatever the scale, if the size does not change.
     assume((round(h * scale), round(w * scale)) != (h, w))
     rng = np.random.default_rng(seed)
     image, label = smooth_image(rng, h, w), rng.integers(0, 20, (h, w), np.uint8)
@@ -134,7 +134,7 @@ def test_the_blur_is_the_binomial_one_and_sees_past_the_crop():
         assert np.abs(got[..., 0] - window)[known].max() <= 0.51
 
 
-def test_with_everything_off_the_crop_is_a_piece_of_the_picture_from_everywhere():
+def test_with_everything_off_the_crop_is_any_part_of_the_image():
     rows, columns = np.mgrid[0:40, 0:50].astype(np.uint8)
     image = np.stack([rows, columns, rows + columns], -1)
     label = (rows + 2 * columns) % 19

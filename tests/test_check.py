@@ -265,14 +265,14 @@ def test_of_a_bad_list_the_other_split_is_still_read(root, tmp_path, capsys, cha
         ({**dict.fromkeys(range(9), 90)}, '7', 'minus_one', 'data.label_map to turn the others'),
     ],
 )
-def test_the_likeliest_cause_of_wrong_values_is_told(stored, classes, label_map, cause):
+def test_the_likely_cause_of_wrong_values_is_named(stored, classes, label_map, cause):
     data = ConfigDict({'classes': classes, 'label_map': label_map})
     count, table = len(label_space(classes).names), [*label_table(label_map), 256]
     wrong = [v for v in stored if table[v] >= count and table[v] != 255]
     assert cause in likely_cause(Counter(stored), wrong, 100, data)
 
 
-def test_rare_and_frequent_wrong_values_are_told_apart(root, capsys):
+def test_rare_and_frequent_wrong_values_are_separate_faults(root, capsys):
     for i in range(40):
         label = some_label('train', 0)
         label[0, 0] = 12 if i == 7 else 0
@@ -299,7 +299,7 @@ def test_rare_and_frequent_wrong_values_are_told_apart(root, capsys):
         ((7, 26), 'cityscapes', 'cityscapes_ids', ''),
     ],
 )
-def test_label_maps_that_cannot_be_meant_are_faults(root, capsys, values, classes, label_map, said):
+def test_maps_that_ignore_everything_are_faults(root, capsys, values, classes, label_map, said):
     for i in range(8):
         label = np.resize(np.array(values, np.uint8), SHAPES['train'][i])
         Image.fromarray(label).save(root / f'labels/train/train {i}.png')

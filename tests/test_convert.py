@@ -103,7 +103,7 @@ MASK = base64.b64encode(CORNER.getvalue()).decode()
         (area('a', -3, -3, 1, 0), '##.... ...... ...... ......'),  # beyond the image
     ],
 )
-def test_labelme_shapes_cover_the_pixels_that_labelmes_own_tool_gives_them(item, rows):
+def test_labelme_shapes_cover_the_pixels_that_labelmes_own_tool_draws(item, rows):
     save_labelme('in/x', item)
     run('labelme in --output out')
     expected = [[int(pixel == '#') for pixel in row] for row in rows.split()]
@@ -136,7 +136,7 @@ def test_labelme_labels_become_the_classes_asked_for_and_later_shapes_lie_on_top
     assert printed_data(capsys.readouterr().out).classes == classes
 
 
-def test_labelme_images_are_found_where_the_files_say_or_in_the_folder_that_is_given(tmp_path):
+def test_labelme_images_are_found_by_the_path_in_the_file_or_in_the_given_folder(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees: labels are of the picture that people see
     save_image('photos/x.jpg', SIZE[::-1], exif=exif)
@@ -312,7 +312,7 @@ OBJECTS = [
 ]
 
 
-def test_polygons_of_cityscapes_become_train_ids_or_classes_of_ones_own(capsys):
+def test_polygons_of_cityscapes_become_train_ids_or_given_classes(capsys):
     save_street('train/town', 'a', OBJECTS)
     save_street('val/town', 'b', [area('bicycle', 0, 0, 5, 0)])
     run('cityscapes . --output out')

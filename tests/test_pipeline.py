@@ -151,8 +151,8 @@ def spoilt(source, bad):
     return source._replace(read=read)
 
 
-def test_a_bad_example_is_skipped_deterministically_and_told():
-    """The next picture of the source takes its place, with the random choices of the position."""
+def test_a_bad_example_is_skipped_deterministically_and_reported():
+    """The next image of the source replaces it, with the random choices of the position."""
     source, bad = numbered_source(9), {3, 4, 8}
     config = config_of(batch_size=3, data={**PLAIN, 'on_error': 'skip'})
     got = batches(spoilt(source, bad), config, steps=6)
@@ -160,9 +160,9 @@ def test_a_bad_example_is_skipped_deterministically_and_told():
     after = {3: 5, 4: 5, 8: 0}
     shown = [int(label[0, 0]) for batch in got for label in batch['label']]
     assert shown == [after.get(index, index) for index in order]
-    told = [pair for batch in got for pair in batch['skipped']]
-    assert [position for position, _ in told] == [p for p in range(18) if order[p] in bad]
-    assert all(text == f'picture {order[p]} cannot be decoded' for p, text in told)
+    skipped = [pair for batch in got for pair in batch['skipped']]
+    assert [position for position, _ in skipped] == [p for p in range(18) if order[p] in bad]
+    assert all(text == f'picture {order[p]} cannot be decoded' for p, text in skipped)
     # From any step and in any share the same.
     assert_equal(batches(spoilt(source, bad), config, steps=2, start_step=4), got[4:])
     halves = [
