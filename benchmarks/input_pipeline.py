@@ -1,13 +1,13 @@
-"""Times reading from each source, and whole training batches, against decoding alone.
+"""Times reading from each source, and whole training batches, relative to decoding alone.
 
     python -m benchmarks.input_pipeline [--root data/camvid --list train.txt] [--repeats 5]
 
-The same pictures lie in a list, in folders and in a TFDS data set, on this machine's disk (and in
-its memory, after the first turn). Without --root they are made up: JPEGs of 480 x 360 with label
-maps. The built-in scenes, of 65 x 129, are drawn instead of decoded. All take turns, with as many
-threads. Prints JSON: the median examples a second of decoding bytes that are in memory, of each
-source, and of training batches (read, augmented, stacked) of each; and what these are relative to
-decoding.
+The same images are in a list, in folders and in a TFDS data set, on this machine's disk (and in its
+memory, after the first turn). Without --root they are made up: JPEGs of 480 x 360 with label maps.
+The built-in scenes, of 65 x 129, are drawn instead of decoded. All ways take turns and have the
+same number of threads. Prints JSON: the median examples a second of decoding bytes in memory, of
+reading each source, and of training batches (read, augmented, stacked) from each source; and the
+ratio of each to decoding.
 """
 
 import argparse
@@ -29,23 +29,20 @@ from ml_collections import ConfigDict
 from psp_jax.command_line import quieten_libraries
 from psp_jax.config_check import load_config
 from psp_jax.data.decode import decode_image, decode_label
+from psp_jax.data.examples import Source
 from psp_jax.data.pipeline import read_ahead, train_batches
-from psp_jax.data.sources import Source, files_source, make_source
+from psp_jax.data.sources import files_source, make_source
 from psp_jax.datasets import common
 
 CONFIG = Path(__file__).parents[1] / 'configs' / 'camvid.py'
 
 
-class Photographs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """The pictures of a list as a TFDS data set; `source` is set before it is built."""
+class Photographs(common.Builder, skip_registration=True):  # type: ignore[call-arg]
+    """The images of a list as a TFDS data set; `source` is set before it is built."""
 
-    VERSION = tfds.core.Version('1.0.0')
+    CLASSES = 'camvid'
+    HOMEPAGE = ''
     source: Source
-
-    __init__ = common.init
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return common.dataset_info(self, 'camvid', '', '')
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         return {'train': self._generate_examples()}
@@ -57,8 +54,8 @@ class Photographs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
             yield common.example(pair, stored.image, self.source.read(i)[1])
 
 
-def make_pictures(root: Path, count: int) -> None:
-    """JPEGs with the detail of a photograph, roughly, and label maps of eleven classes."""
+def make_images(root: Path, count: int) -> None:
+    """Makes JPEGs with about the detail of a photograph, and label maps of eleven classes."""
     rng = np.random.default_rng(0)
     (root / 'made').mkdir()
     for i in range(count):
@@ -75,7 +72,7 @@ def make_pictures(root: Path, count: int) -> None:
 
 
 def make_sources(config: ConfigDict, folder: Path, count: int) -> dict[str, Source]:
-    """The first `count` examples of a list, and the same ones as folders and as a TFDS data set.
+    """Returns the first `count` examples of a list, as a list, as folders and as a TFDS data set.
 
     And as many scenes.
     """
@@ -99,7 +96,7 @@ def make_sources(config: ConfigDict, folder: Path, count: int) -> dict[str, Sour
 
 
 def measure(config: ConfigDict, sources: dict[str, Source], repeats: int) -> dict[str, Any]:
-    """Median examples a second of all ways, which take turns, and their ratios to decoding."""
+    """Returns the median examples a second of all ways, and their ratios to decoding."""
     threads = config.data.threads or os.cpu_count() or 1
     listed = sources['list']
     memory = [listed.encoded(i) for i in range(listed.length)] if listed.encoded else []
@@ -117,7 +114,7 @@ def measure(config: ConfigDict, sources: dict[str, Source], repeats: int) -> dic
     def training(source: Source) -> Callable[[], int]:
         steps = max(1, listed.length // config.batch_size)
 
-        def run() -> int:  # a new stream, which has nothing ready
+        def run() -> int:  # a new stream: nothing is read ahead
             stream = train_batches(source, config, start_step=0, process_index=0, process_count=1)
             with contextlib.closing(stream):
                 return sum(len(next(stream)['image']) for _ in range(steps))
@@ -132,7 +129,7 @@ def measure(config: ConfigDict, sources: dict[str, Source], repeats: int) -> dic
         for name, run in ways.items():
             start = time.perf_counter()
             count = run()
-            if turn:  # the first one warms files and threads up
+            if turn:  # the first turn warms up files and threads
                 rates[name].append(count / (time.perf_counter() - start))
     medians = {name: round(statistics.median(found), 1) for name, found in rates.items()}
     ratios = {name: round(rate / medians['decode'], 3) for name, rate in medians.items()}
@@ -145,7 +142,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('--root', default='', help="CamVid's folder; made-up pictures without it")
+    parser.add_argument('--root', default='', help="CamVid's folder; made-up images without it")
     parser.add_argument('--list', default='train.txt', help='of lines `image label`')
     parser.add_argument('--examples', type=int, default=128)
     parser.add_argument('--crop', type=int, default=473, help='pixels, 8n + 1')
@@ -156,12 +153,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if not flags.root:
-            make_pictures(folder, flags.examples)
+            make_images(folder, flags.examples)
         values = {'root': flags.root or name, 'train': flags.list, 'crop': flags.crop}
         words = [f'--config.data.{key}={value}' for key, value in values.items()]
         config = load_config(str(CONFIG), words)
         found = measure(config, make_sources(config, folder, flags.examples), flags.repeats)
-    note = 'scenes are drawn, in 65 x 129 pixels; nothing of them is decoded'
+    note = 'scenes of 65 x 129 pixels are drawn, not decoded'
     print(
         json.dumps({'benchmark': 'input_pipeline', **vars(flags), 'note': note} | found, indent=2)
     )

@@ -88,7 +88,7 @@ sizes = st.integers(4, 70)
 @settings(deadline=None, max_examples=150)
 @given(st.integers(0, 2**32), sizes, sizes, st.tuples(sizes, sizes), st.floats(0.3, 2.5))
 def test_without_rotation_it_equals_the_steps_done_one_after_the_other(seed, h, w, crop, scale):
-    # OpenCV copies, whatever the scale, where the size does not change.
+    # OpenCV copies, whatever the scale, if the size does not change.
     assume((round(h * scale), round(w * scale)) != (h, w))
     rng = np.random.default_rng(seed)
     image, label = smooth_image(rng, h, w), rng.integers(0, 20, (h, w), np.uint8)
@@ -97,28 +97,6 @@ def test_without_rotation_it_equals_the_steps_done_one_after_the_other(seed, h, 
     got_image, got_label = augment(image, label, np.random.default_rng(seed), data)
     np.testing.assert_array_equal(got_label, want_label)
     assert np.abs(got_image - want_image).max() <= 2
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.integers(0, 2**32), st.floats(0.5, 2.0))
-def test_with_rotation_it_is_close_to_the_steps_done_one_after_the_other(seed, scale):
-    rng = np.random.default_rng(seed)
-    h, w = rng.integers(60, 120, 2)
-    assume((round(h * scale), round(w * scale)) != (h, w))
-    image, label = smooth_image(rng, h, w), blobs(rng, h, w)
-    data = everything(crop=(65, 81), scale=(scale, scale))
-    want_image, want_label, inside = one_after_the_other(image, label, seed, data)
-    got_image, got_label = augment(image, label, np.random.default_rng(seed), data)
-    assert (got_label == want_label).mean() > 0.995
-    edge = {'borderType': cv2.BORDER_CONSTANT, 'borderValue': 0}
-    # At the picture's edge it is mixed with the mean, over a pixel of the source or of the canvas.
-    core = cv2.erode(inside, np.ones((11, 11)), **edge).astype(bool)
-    difference = np.abs(got_image - want_image)[core]
-    assert difference.max(initial=0) <= 8
-    assert difference.sum() <= 1.2 * difference.size
-    far_out = cv2.dilate(inside, np.ones((13, 13))) == 0
-    np.testing.assert_array_equal(got_image[far_out], np.broadcast_to(FILL, (far_out.sum(), 3)))
-    assert (got_label[far_out] == 255).all()
 
 
 def test_the_label_is_resized_as_opencv_does_and_the_image_at_pixel_centres():
@@ -156,7 +134,7 @@ def test_the_blur_is_the_binomial_one_and_sees_past_the_crop():
         assert np.abs(got[..., 0] - window)[known].max() <= 0.51
 
 
-def test_with_everything_off_the_crop_is_a_piece_of_the_picture_from_everywhere():
+def test_with_everything_off_the_crop_is_any_part_of_the_image():
     rows, columns = np.mgrid[0:40, 0:50].astype(np.uint8)
     image = np.stack([rows, columns, rows + columns], -1)
     label = (rows + 2 * columns) % 19
@@ -199,15 +177,6 @@ def test_image_and_label_stay_aligned(changes):
     assert compared > 20_000
 
 
-def test_mirroring_turns_left_to_right():
-    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
-    label = np.random.default_rng(1).integers(0, 9, (20, 30), np.uint8)
-    data = settings_of(crop=(20, 30), mirror=1.0)
-    got, got_label = augment(image, label, np.random.default_rng(0), data)
-    np.testing.assert_array_equal(got, image[:, ::-1])
-    np.testing.assert_array_equal(got_label, label[:, ::-1])
-
-
 def test_padding_is_centred_and_exactly_the_mean_and_ignore():
     image = np.random.default_rng(0).integers(0, 256, (10, 13, 3), np.uint8)
     label = np.zeros((10, 13), np.uint8)
@@ -238,23 +207,6 @@ def test_the_draws_are_distributed_as_the_recipe_says():
     assert np.var(scales) == pytest.approx(1.5**2 / 12, abs=0.03)
     assert 410 < tilted < 565  # half, less the angles too small to see
     assert 435 < mirrored < 565
-
-
-def test_angles_are_uniform_in_both_directions():
-    image = np.zeros((129, 129, 3), np.uint8)
-    label = np.zeros((129, 129), np.uint8)
-    label[:65] = 1
-    angles = []
-    for seed in range(1000):
-        data = settings_of(crop=129, rotate=20.0)
-        _, got = augment(image, label, np.random.default_rng(seed), data)
-        edge = np.argmax(got[::-1, 24:104] == 1, 0)
-        angles.append(np.degrees(np.arctan(np.polyfit(np.arange(80), edge, 1)[0])))
-    angles = np.array(angles)
-    turned = angles[np.abs(angles) > 0.5]
-    assert np.abs(angles).max() == pytest.approx(20, abs=0.7)
-    assert np.mean(turned) == pytest.approx(0, abs=2.2)  # 4 standard errors
-    assert np.var(turned) == pytest.approx(40**2 / 12, rel=0.15)
 
 
 def test_switching_one_augmentation_off_leaves_the_other_draws_alone():

@@ -1,4 +1,4 @@
-"""Our Cityscapes figures beside those of the official cityscapesscripts, on made-up streets."""
+"""Our metrics on Cityscapes against those of the official cityscapesscripts."""
 
 import contextlib
 import io
@@ -48,7 +48,7 @@ def test_figures_equal_the_official_scripts(tmp_path):
             label = tmp_path / f'gtFine/val/{stem}_gtFine_labelIds.png'
             for path in (image, label):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            # All ids, those that are not evaluated too; train and bus nowhere.
+            # All ids, also those that are not evaluated, except train and bus.
             ids = rng.choice([v for v in range(34) if v not in (28, 31)], (6, 11)).astype(np.uint8)
             Image.fromarray(ids.repeat(12, 0).repeat(12, 1)).save(label)
             Image.fromarray(rng.integers(0, 256, (72, 132, 3), np.uint8)).save(image)

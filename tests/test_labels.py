@@ -7,33 +7,11 @@ import pytest
 from PIL import Image
 
 from psp_jax.data import scenes
-from psp_jax.data.labels import label_space, label_table
+from psp_jax.data.labels import LABEL_MAPS, LABEL_SPACES, label_space, label_table, published_map
 from psp_jax.errors import UserError
 
 # Names and colours of mmsegmentation and semseg, ids of cityscapesScripts.
 TABLES = json.loads(Path(__file__).with_name('labels.json').read_text())
-
-
-def colors_of(classes):
-    space = label_space(classes)
-    return {name: tuple(color) for name, color in zip(space.names, space.colors, strict=True)}
-
-
-@pytest.mark.parametrize(
-    ('classes', 'count', 'first', 'last'),
-    [
-        ('ade20k', 150, 'wall', 'flag'),
-        ('voc2012', 21, 'background', 'tvmonitor'),
-        ('cityscapes', 19, 'road', 'bicycle'),
-        ('camvid', 11, 'Sky', 'Bicyclist'),
-    ],
-)
-def test_known_label_spaces_are_complete(classes, count, first, last):
-    space = label_space(classes)
-    assert (space.names[0], space.names[-1]) == (first, last)
-    assert len(set(space.names)) == count
-    assert all(name == name.strip() for name in space.names)
-    assert (space.colors.shape, space.colors.dtype) == ((count, 3), np.uint8)
 
 
 @pytest.mark.parametrize('classes', TABLES)
@@ -43,20 +21,10 @@ def test_names_and_colours_are_those_of_an_independent_table(classes):
     np.testing.assert_array_equal(space.colors, table['colors'])
 
 
-def test_ade20k_gives_road_and_skyscraper_one_colour():
-    for colors in (colors_of('ade20k'), dict(zip(*TABLES['ade20k'].values(), strict=True))):
-        assert tuple(colors['road']) == tuple(colors['skyscraper']) == (140, 140, 140)
-
-
 def test_ids_of_cityscapes_become_the_train_ids_of_an_independent_table():
     np.testing.assert_array_equal(
         label_table('cityscapes_ids')[:34], TABLES['cityscapes']['train_ids']
     )
-
-
-def test_colours_of_camvid_are_segnets():
-    camvid = colors_of('camvid')
-    assert camvid['Pavement'] == (60, 40, 222) and camvid['Bicyclist'] == (0, 128, 192)
 
 
 def test_scenes_names_are_in_the_order_of_their_constants():
@@ -97,22 +65,19 @@ def test_label_tables_say_what_a_stored_value_becomes():
     assert minus_one.dtype == literal.dtype == np.uint8
 
 
-def test_cityscapes_ids_become_train_ids():
-    # cityscapesScripts, helpers/labels.py: name, id, trainId
-    published = {
-        'unlabeled': (0, 255), 'road': (7, 0), 'sidewalk': (8, 1), 'parking': (9, 255),
-        'building': (11, 2), 'wall': (12, 3), 'fence': (13, 4), 'guard rail': (14, 255),
-        'pole': (17, 5), 'polegroup': (18, 255), 'traffic light': (19, 6),
-        'traffic sign': (20, 7), 'vegetation': (21, 8), 'terrain': (22, 9), 'sky': (23, 10),
-        'person': (24, 11), 'rider': (25, 12), 'car': (26, 13), 'truck': (27, 14),
-        'bus': (28, 15), 'caravan': (29, 255), 'trailer': (30, 255), 'train': (31, 16),
-        'motorcycle': (32, 17), 'bicycle': (33, 18),
-    }  # fmt: skip
-    table, names = label_table('cityscapes_ids'), label_space('cityscapes').names
-    for name, (stored, train_id) in published.items():
-        assert table[stored] == train_id
-        assert train_id == 255 or names[train_id] == name
-    assert (table[34:] == 255).all() and (table != 255).sum() == 19
+def test_the_map_of_the_published_files_is_known_by_the_values():
+    known = {name: space.label_map for name, space in LABEL_SPACES.items() if space.label_map}
+    assert known == {'ade20k': 'minus_one', 'cityscapes': 'cityscapes_ids', 'camvid': '{11: 255}'}
+    for name, values in {'ade20k': [150], 'cityscapes': [19, 33], 'camvid': [11]}.items():
+        space = label_space(name)
+        assert published_map(space, values) == known[name]
+        assert published_map(space, [*values, 200]) == ''
+    assert published_map(label_space('11'), [11]) == ''
+
+
+def test_a_named_map_can_be_added(monkeypatch):
+    monkeypatch.setitem(LABEL_MAPS, 'swap', {0: 1, 1: 0})
+    assert label_table('swap')[:3].tolist() == [1, 0, 2]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The recipe beside the reference's: learning rate, and augmentation as OpenCV does it."""
+"""The recipe compared with the reference: learning rates, and augmentation as OpenCV does it."""
 
 import os
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_the_rate_of_every_step_is_the_formulas(name, recipe, measured):
 
 
 class Draws:
-    """Stands for a random generator: gives the seven numbers."""
+    """A random generator that returns the given seven numbers."""
 
     def __init__(self, *numbers):
         self.numbers = np.array(numbers)
@@ -44,7 +44,7 @@ class Draws:
 
 
 def photographs():
-    """(image, label): CamVid's where its folder is named, a drawn one with texture elsewhere."""
+    """Yields (image, label): a drawn one with texture, and CamVid's if its folder is given."""
     rng = np.random.default_rng(0)
     fields = [cv2.GaussianBlur(rng.random((360, 480)), (0, 0), 12) for _ in range(9)]
     label = np.argmax(fields, 0).astype(np.uint8)
@@ -59,9 +59,9 @@ def photographs():
 
 
 def middle_of_opencvs(image, label, scale=1.0, angle=None, blur=False, mirror=False, crop=193):
-    """semseg's transforms on the whole picture, one after the other, the crop from its middle.
+    """Applies semseg's transforms to the whole image in turn, and takes the crop from its middle.
 
-    Also which pixels the rotated picture covers.
+    Also returns which pixels the rotated image covers.
     """
     whole = steps_of_opencv(image, label, scale, angle, blur, mirror)
     top, left = ((side - crop) // 2 for side in whole[1].shape)
@@ -69,7 +69,7 @@ def middle_of_opencvs(image, label, scale=1.0, angle=None, blur=False, mirror=Fa
 
 
 def exact_warp(image, label, scale, angle, mirror, crop=193):
-    """The same in float64 with one interpolation of the image between its four nearest pixels."""
+    """Does the same in float64, with a single bilinear interpolation of the image."""
     height, width = round(label.shape[0] * scale), round(label.shape[1] * scale)
     top, left = (height - crop) // 2, (width - crop) // 2
     y, x = np.mgrid[top : top + crop, left : left + crop].astype(float)
@@ -119,7 +119,7 @@ def ours(image, label, scale=1.0, angle=0.0, blur=False, mirror=False):
 
 
 def compare(got, expected):
-    """Mean absolute difference of the images inside, and the share of labels that differ."""
+    """Returns the mean absolute difference of the images inside, and the share of other labels."""
     image, label, inside = expected
     core = cv2.erode(inside.astype(np.uint8), np.ones((7, 7))).astype(bool)
     return np.abs(got[0] - image)[core].mean(), (got[1] != label).mean()

@@ -1,7 +1,5 @@
 """Reading what TFDS has prepared: against the files it was made of, and through a whole run."""
 
-import errno
-import os
 import shutil
 from unittest import mock
 
@@ -13,13 +11,11 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
-from test_resume import arrays_in
 
 from psp_jax.data import decode
 from psp_jax.data.pipeline import train_batches
 from psp_jax.data.sources import check_source, make_source
 from psp_jax.errors import PassingError, UserError
-from psp_jax.main import main
 
 PETS = 'tfds:oxford_iiit_pet'  # TFDS's own builder, of which TFDS says nothing about label maps
 NAMES = {'trainval': [f'Abyssinian_{i}' for i in range(5)], 'test': ['pug_7', 'pug_8']}
@@ -103,8 +99,11 @@ def test_parts_of_a_split_are_splits(pets):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'train': 'training'}, "there is no split 'training', or nothing in it, only train, test"),
-        ({'train': 'train[3:1]'}, 'or nothing in it'),
+        (
+            {'train': 'training'},
+            "no split 'training', or it is empty; there are train, test",
+        ),
+        ({'train': 'train[3:1]'}, 'or it is empty'),
         ({'source': 'tfds:mnist'}, 'is not prepared in .*run `python -m psp_jax.datasets mnist'),
         ({'source': 'tfds:cityscapes'}, 'run `python -m psp_jax.datasets cityscapes --data_dir'),
         ({'source': 'tfds:no_such_data'}, 'tfds:no_such_data: is not prepared'),
@@ -119,7 +118,7 @@ def test_what_cannot_be_read_is_said(pets, changes, message):
 
 def test_tfrecord_cannot_be_read_by_index(pets, tmp_path):
     prepare(pets[1], tmp_path, 'tfrecord')
-    with pytest.raises(UserError, match=r'is stored as tfrecord.*delete it and run `python -m'):
+    with pytest.raises(UserError, match=r'is stored as tfrecord.*delete .* and run `python -m'):
         make_source(data_of(tmp_path), 'train')
 
 
@@ -127,7 +126,7 @@ def test_a_damaged_record_file_is_named(pets, tmp_path):
     shutil.copytree(pets[0], tmp_path / 'copy')
     for path in (tmp_path / 'copy').rglob('*train.array_record*'):
         path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=r'example \d of oxford_iiit_pet/train in .*delete'):
+    with pytest.raises(UserError, match=r'example \d of oxford_iiit_pet/train cannot .*delete'):
         check_source(make_source(data_of(tmp_path / 'copy'), 'train'))
 
 
@@ -153,20 +152,8 @@ def test_a_disk_or_bucket_that_does_not_answer_is_asked_again_and_is_no_bad_data
     answers[:] = [True, False, False]
     assert source.encoded(0).image
     answers[:] = [False] * 3
-    with pytest.raises(
-        PassingError, match='example 0 of oxford_iiit_pet/train in .*cannot be read'
-    ):
+    with pytest.raises(PassingError, match='example 0 of oxford_iiit_pet/train cannot be read'):
         source.read(0)
-    monkeypatch.setattr(ArrayRecordDataSource, '__getitem__', mock.Mock(side_effect=MemoryError))
-    with pytest.raises(MemoryError):
-        source.read(0)
-
-
-def test_a_folder_of_a_data_set_that_does_not_answer_is_no_bad_data(pets, monkeypatch):
-    error = OSError(errno.EIO, os.strerror(errno.EIO))
-    monkeypatch.setattr(tfds, 'builder', mock.Mock(side_effect=error))
-    with pytest.raises(PassingError, match='oxford_iiit_pet cannot be opened'):
-        make_source(data_of(pets[0]), 'train')
 
 
 def test_batches_are_those_of_a_list_of_the_same_files(pets, small_config):
@@ -193,25 +180,3 @@ def test_batches_are_those_of_a_list_of_the_same_files(pets, small_config):
         for a, b in zip(ours, theirs, strict=True):
             for key in ('image', 'label', 'position'):
                 np.testing.assert_array_equal(a[key], b[key])
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings('ignore:Sharding info not provided')  # arrays go to this device
-def test_a_run_resumes_bit_for_bit(pets, small_config, programs, tmp_path, capsys):
-    words = ['--config', str(small_config), '--workdir', str(tmp_path / 'run')]
-    words += [f'--config.data.{key}={value}' for key, value in data_of(pets[0]).items()]
-    words += ['--config.data.classes=10', '--config.eval_every=10']
-    assert main(words) == 0
-    straight = arrays_in(tmp_path / 'run/checkpoints/10')
-    shutil.rmtree(tmp_path / 'run/checkpoints/10')
-    assert main(words) == 0
-    assert 'continuing from step 5 of' in capsys.readouterr().out
-    resumed = arrays_in(tmp_path / 'run/checkpoints/10')
-    assert straight.keys() == resumed.keys()
-    for name, value in straight.items():
-        np.testing.assert_array_equal(resumed[name], value, err_msg=name)
-    # predictions bear the images' names
-    words = ['--mode', 'eval', '--workdir', str(tmp_path / 'run')]
-    assert main([*words, '--config.eval.save_predictions=true']) == 0
-    written = {path.name for path in (tmp_path / 'run/eval').rglob('predictions/val/*')}
-    assert written == {'pug_7.png', 'pug_8.png'}

@@ -1,8 +1,8 @@
 """The augmentation of the reference recipe (semseg), one resampling per image.
 
 In order: scale, rotation, blur, mirror, random crop with centred padding. semseg does them one
-after the other on the whole picture; here scale, rotation and crop are one affine map, evaluated
-only at the pixels of the crop. 'Canvas' is the picture after scaling, before padding.
+after the other on the whole image; here scale, rotation and crop are one affine map, evaluated
+only at the pixels of the crop. The canvas is the image after scaling, before padding.
 """
 
 import cv2
@@ -17,16 +17,16 @@ _BLUR_SIZE = 5  # at this size OpenCV's kernel is [1, 4, 6, 4, 1] / 16, not a sa
 def augment(
     image: np.ndarray, label: np.ndarray, rng: np.random.Generator, data: ConfigDict
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a random crop of a random variant of one example.
+    """Returns a random crop of one example, randomly scaled, rotated, blurred and mirrored.
 
     image: uint8 [H, W, 3] RGB; label: uint8 [H, W], 255 = ignore.
-    rng: source of all randomness. Seven numbers are drawn, always and in this order: scale,
-        whether to rotate, angle, whether to blur, whether to mirror, row and column of the
-        crop. So switching one augmentation off leaves the draws of the others as they were.
+    rng: source of all randomness. It always draws seven numbers in this order: scale, whether to
+        rotate, angle, whether to blur, whether to mirror, row and column of the crop. So switching
+        one augmentation off does not change the draws of the others.
     data: crop (int or (height, width)), scale (low, high), rotate (degrees, with probability
         0.5; 0 = off), blur and mirror (probabilities), mean (RGB, 0..255).
-    Returns uint8 [crop height, crop width, 3] and uint8 [crop height, crop width]. What lies
-    outside the canvas is the mean, rounded, and 255.
+    Returns uint8 [crop height, crop width, 3] and uint8 [crop height, crop width]. Pixels outside
+    the canvas are the rounded mean in the image, and 255 in the label.
     """
     u_scale, u_rotate, u_angle, u_blur, u_mirror, u_row, u_column = rng.random(7)
     low, high = data.scale
@@ -35,7 +35,7 @@ def augment(
     fill = np.rint(data.mean).astype(np.uint8)
     crop_h, crop_w = (data.crop, data.crop) if isinstance(data.crop, int) else data.crop
 
-    # OpenCV's size of a resized picture; Python's round is half to even, as cvRound is.
+    # OpenCV's size of a resized image; Python's round is half to even, as cvRound is.
     canvas_h = max(1, round(label.shape[0] * scale))
     canvas_w = max(1, round(label.shape[1] * scale))
     rows, above, below = _visible(canvas_h, crop_h, u_row)
@@ -58,10 +58,10 @@ def augment(
 
 
 def _visible(canvas: int, crop: int, u: float) -> tuple[slice, int, int]:
-    """Along one axis: the part of the canvas that the crop shows, and the padding before and after.
+    """Returns, for one axis, the part of the canvas in the crop, and the padding before and after.
 
-    The canvas is padded to the crop's size, half (rounded down) before it; the crop begins at a
-    uniform offset, both ends included.
+    The canvas is padded to the crop's size, half of it (rounded down) before the canvas; the crop
+    begins at a uniform offset, both ends included.
     """
     padded = max(canvas, crop)
     first = int(u * (padded - crop + 1)) - (padded - canvas) // 2
@@ -70,7 +70,7 @@ def _visible(canvas: int, crop: int, u: float) -> tuple[slice, int, int]:
 
 
 def _inverse_rotation(angle: float, height: int, width: int) -> np.ndarray:
-    """Matrix [2, 3] from a pixel (x, y) of the rotated canvas to the canvas before rotation."""
+    """Returns the matrix [2, 3] from a pixel (x, y) of the rotated canvas to the unrotated one."""
     rotation = cv2.getRotationMatrix2D((width / 2, height / 2), angle, 1.0)
     return cv2.invertAffineTransform(rotation)
 
@@ -84,10 +84,10 @@ def _warp_image(
     fill: np.ndarray,
     blur: bool,
 ) -> np.ndarray:
-    """Window (rows, columns) of the scaled, rotated, blurred canvas: uint8 [h, w, 3]."""
+    """Returns a window (rows, columns) of the scaled, rotated, blurred canvas: uint8 [h, w, 3]."""
     rows, columns = window
     margin = _BLUR_SIZE // 2 if blur else 0
-    # Where the canvas ends there is no margin: the blur reflects there, as on the whole canvas.
+    # No margin beyond the canvas: the blur reflects at its edge, as on the whole canvas.
     top, bottom = max(rows.start - margin, 0), min(rows.stop + margin, canvas[0])
     left, right = max(columns.start - margin, 0), min(columns.stop + margin, canvas[1])
     # Pixel centres: source = (canvas + 0.5) / scale - 0.5.
@@ -115,10 +115,10 @@ def _warp_label(
     canvas: tuple[int, int],
     window: tuple[slice, slice],
 ) -> np.ndarray:
-    """Window (rows, columns) of the scaled, rotated label: uint8 [h, w].
+    """Returns a window (rows, columns) of the scaled, rotated label: uint8 [h, w].
 
-    Two nearest-neighbour steps, as in the reference: OpenCV's resize takes floor(i / scale), which
-    is not the image's map, and no single rounded affine map equals the two.
+    In two nearest-neighbour steps, as in the reference: OpenCV's resize takes floor(i / scale),
+    which differs from the image's map, so one rounded affine map cannot equal the two steps.
     """
     rows, columns = window
     if to_canvas[0, 1] == 0:
@@ -146,8 +146,8 @@ def _warp_label(
 
 
 def _resize_nearest(label: np.ndarray, scale: float, rows: slice, columns: slice) -> np.ndarray:
-    """Part of a label resized as by OpenCV's INTER_NEAREST: source = floor(i / scale)."""
-    # No i of the canvas is past the end: i <= round(size * scale) - 1 <= size * scale - 0.5.
+    """Returns a part of a label resized as OpenCV's INTER_NEAREST does: floor(i / scale)."""
+    # No index is past the end: i <= round(size * scale) - 1 <= size * scale - 0.5.
     y = (np.arange(rows.start, rows.stop) * (1 / scale)).astype(np.intp)
     x = (np.arange(columns.start, columns.stop) * (1 / scale)).astype(np.intp)
     return label.take(y, axis=0).take(x, axis=1)

@@ -1,7 +1,9 @@
-"""From the bytes of a picture or a label map to arrays, and the errors of those that are bad."""
+"""Reads the bytes of images and label maps and decodes them to arrays, with errors that name files.
+
+A path may be an address that TensorFlow's file system knows, such as gs://bucket/image.jpg.
+"""
 
 import contextlib
-import errno
 import io
 import os
 import time
@@ -12,68 +14,51 @@ import cv2
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-from psp_jax.data.labels import IGNORE
+from psp_jax.data.labels import IGNORE, LabelSpace, published_map
 from psp_jax.errors import PASSING_TEXTS, PassingError, UserError
 
 T = TypeVar('T')
 
-# A disk, a network or a machine that fails in passing, unlike a file that is not there or may not
-# be read. Some systems lack some of the names.
-_NAMES = 'EIO ETIMEDOUT ESTALE ENOTCONN ECONNRESET ECONNABORTED ECONNREFUSED EREMOTEIO EAGAIN EINTR'
-_NAMES += ' ENETDOWN ENETUNREACH EHOSTDOWN EHOSTUNREACH ENOLCK EMFILE ENFILE ENOMEM'
-_PASSING = {getattr(errno, name) for name in _NAMES.split() if hasattr(errno, name)}
-_PASSING_CODES = {4, 8, 10, 14}  # deadline exceeded, exhausted, aborted, unavailable: TensorFlow's
-_UNIMPLEMENTED = 12  # TensorFlow's code
-_PAUSES = (1, 4)  # seconds before such a file is tried again
+# These say something about the file; any other OSError says that a disk or a network failed.
+_ABOUT_THE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_PASSING_CODES = {4, 8, 10, 14}  # TensorFlow: deadline exceeded, exhausted, aborted, unavailable
+_UNIMPLEMENTED = 12  # TensorFlow: a scheme that it does not know
+_PAUSES = (1, 4)  # seconds before the second and the third try
 
 
 def read_image(path: str) -> np.ndarray:
-    """Reads and decodes a picture, of a path or an address that TensorFlow knows."""
+    """Reads and decodes an image; see `decode_image`."""
     return decode_image(read_bytes(path), path)
 
 
 def decode_image(content: bytes, name: str) -> np.ndarray:
-    """Decodes to uint8 [H, W, 3] RGB, turned as its EXIF orientation says.
+    """Decodes an image to uint8 [H, W, 3] RGB, with its EXIF orientation applied.
 
-    Raises UserError, which calls it `name`, where it cannot be decoded.
+    Raises UserError, which calls the image `name`, if it cannot be decoded.
     """
-    try:
-        with _opened(content) as image:
-            image.load()
-            if image.mode == 'F':
-                raise ValueError('floating-point grey has no known range')
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith('I'):  # 16-bit grey: Pillow would clip it, not scale it
-                grey = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
-                return np.repeat(grey[:, :, None], 3, axis=2)
-            # Straight to RGB, Pillow warns where a palette has transparency.
-            opaque = image.convert('RGBA') if 'transparency' in image.info else image
-            return np.asarray(opaque.convert('RGB'))
-    except MemoryError:  # says nothing about the file
-        raise
-    except Exception as error:  # Pillow's decoders raise nearly anything on broken files
-        raise _cannot_decode(content, name, error) from error
-
-
-def read_label(path: str) -> np.ndarray:
-    """Reads and decodes a label map, of a path or an address that TensorFlow knows."""
-    return decode_label(read_bytes(path), path)
+    with _decoding(content, name) as image:
+        image.load()
+        if image.mode == 'F':
+            raise ValueError('floating-point grey has no known range')
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith('I'):  # 16-bit grey: Pillow would clip it instead of scaling it
+            grey = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
+            return np.repeat(grey[:, :, None], 3, axis=2)
+        # By way of RGBA, since Pillow warns if a palette with transparency becomes RGB directly.
+        opaque = image.convert('RGBA') if 'transparency' in image.info else image
+        return np.asarray(opaque.convert('RGB'))
 
 
 def decode_label(content: bytes, name: str) -> np.ndarray:
-    """Decodes to the stored values: integers [H, W], of a palette picture its indices.
+    """Decodes a label map to the stored values: integers [H, W], the indices if it has a palette.
 
-    Raises UserError, which calls it `name`, where it cannot be decoded or has no values to trust.
+    Raises UserError, which calls the label `name`, if it cannot be decoded, has several values a
+    pixel or is a JPEG.
     """
-    try:
-        with _opened(content) as image:
-            packed = str(image.tile[0][3]) if image.tile else ''
-            image.load()
-            mode, values, lossy = image.mode, np.asarray(image), image.format in ('JPEG', 'MPO')
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _cannot_decode(content, name, error) from error
+    with _decoding(content, name) as image:
+        packed = str(image.tile[0][3]) if image.tile else ''
+        image.load()
+        mode, values, lossy = image.mode, np.asarray(image), image.format in ('JPEG', 'MPO')
     if not (mode in ('L', 'P', '1') or mode.startswith('I')):
         raise UserError(
             f'{name} is a label of mode {mode}: labels must be index (grey) or palette PNG, '
@@ -81,56 +66,60 @@ def decode_label(content: bytes, name: str) -> np.ndarray:
         )
     if lossy:
         raise UserError(f'{name} is a JPEG, which changes label values: labels must be PNG')
-    # Pillow stretches grey of 2 or 4 bits to 0..255; the values are what was stored.
+    # Pillow stretches grey of 2 or 4 bits to 0..255; divide to get the stored values.
     if mode == 'L' and packed in ('L;2', 'L;4'):
         values = values // (85 if packed == 'L;2' else 17)
     return values.astype(np.uint8) if values.dtype == bool else values
 
 
-def _opened(content: bytes) -> ImageFile.ImageFile:
-    """The picture, not yet decoded; raises where a checksum in a PNG does not fit.
+@contextlib.contextmanager
+def _decoding(content: bytes, name: str) -> Iterator[ImageFile.ImageFile]:
+    """Opens an image; whatever Pillow raises in the block becomes a UserError that calls it `name`.
 
-    Pillow's decoder stops at the last pixel and does not look at them.
+    Checks the checksums of a PNG, since Pillow's decoder stops at the last pixel without doing so.
     """
-    if content.startswith(b'\x89PNG'):
+    try:
+        if content.startswith(b'\x89PNG'):
+            with Image.open(io.BytesIO(content)) as image:
+                image.verify()
         with Image.open(io.BytesIO(content)) as image:
-            image.verify()
-    return Image.open(io.BytesIO(content))
+            yield image
+    except Exception as error:  # Pillow's decoders raise nearly anything on broken files
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = 'not a known image format' if content else 'the file is empty'
+        raise UserError(
+            f'{name} cannot be decoded ({reason}): replace it or take it off the list'
+        ) from error
 
 
-def _cannot_decode(content: bytes, name: str, error: Exception) -> UserError:
-    reason = ' '.join(str(error).split()) or type(error).__name__
-    if isinstance(error, Image.UnidentifiedImageError):
-        reason = 'not a known picture format' if content else 'the file is empty'
-    return UserError(f'{name} cannot be decoded ({reason}): replace it or take it off the list')
+def to_classes(stored: np.ndarray, table: np.ndarray, space: LabelSpace, name: str) -> np.ndarray:
+    """Translates stored values [H, W] to classes, uint8 [H, W].
 
-
-def to_classes(
-    stored: np.ndarray, table: np.ndarray, classes: int, label_map: str, name: str
-) -> np.ndarray:
-    """Stored values [H, W] through `label_table`'s table to classes, uint8.
-
-    Raises UserError, which calls the label `name` and guesses the cause, for values beyond them.
+    table: from stored values to classes, uint8 [256].
+    Raises UserError, which calls the label `name` and guesses the cause, if a value is no class.
     """
     if stored.dtype != np.uint8:
         if stored.min() < 0 or stored.max() > 255:
             value = stored[(stored < 0) | (stored > 255)][0]
             raise UserError(f'{name}: label value {value} is outside 0..255')
         stored = stored.astype(np.uint8)
+    classes = len(space.names)
     label = cv2.LUT(stored, table)
     wrong = (label >= classes) & (label != IGNORE)
     if not wrong.any():
         return label
     value = int(stored[wrong].max())
-    mapped = '' if value == table[value] else f' (class {table[value]} by data.label_map)'
-    hint = 'check data.classes and data.label_map'
-    if value == classes and not label_map:
+    mapped, hint = '', 'check data.classes and data.label_map'
+    if value != table[value]:
+        mapped = f' (class {table[value]} by data.label_map)'
+    elif published := published_map(space, [value]):
+        hint = f'are the labels stored as published? set data.label_map={published!r}'
+    elif value == classes:
         hint = (
             'is 0 "other"? set data.label_map=minus_one; '
             f"is {value} void? set data.label_map='{{{value}: 255}}'"
         )
-    elif classes == 19 and value <= 33 and not label_map:
-        hint = 'label ids of Cityscapes? set data.label_map=cityscapes_ids'
     raise UserError(
         f'{name}: label value {value}{mapped} is outside the {classes} classes '
         f'0..{classes - 1} and is not {IGNORE} (ignore): {hint}'
@@ -138,36 +127,34 @@ def to_classes(
 
 
 def read_bytes(path: str) -> bytes:
-    """The content of a file.
+    """Reads a file.
 
-    Raises UserError where there is none or it cannot be read, and PassingError where a disk or a
-    bucket does not answer, after some tries.
+    Raises UserError if it does not exist or cannot be read, and PassingError if a disk or a bucket
+    does not answer after three tries.
     """
 
     def read() -> bytes:
-        with told(path), gfile().GFile(path, 'rb') if '://' in path else open(path, 'rb') as file:
+        with naming(path), gfile().GFile(path, 'rb') if '://' in path else open(path, 'rb') as file:
             return file.read()
 
     return read() if '://' in path else try_again(read)  # TensorFlow tries again by itself
 
 
 def exists(path: str) -> bool:
-    """Whether a path or an address that TensorFlow knows leads to something.
+    """Returns whether there is something at a path.
 
-    Raises UserError for an address that it does not know or may not see, and PassingError where a
-    disk or a bucket does not answer.
+    Raises UserError for an address that TensorFlow does not know or may not read, and PassingError
+    if a disk or a bucket does not answer.
     """
-    with told(path):
+    with naming(path):
         try:
             return bool(gfile().exists(path) if '://' in path else os.stat(path))
-        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            if is_passing(error):
-                raise
+        except _ABOUT_THE_FILE:
             return False
 
 
 def try_again(read: Callable[[], T]) -> T:
-    """The result of `read`, which is called again after pauses where it raises PassingError."""
+    """Returns the result of `read`, which is called up to three times if it raises PassingError."""
     for pause in _PAUSES:
         with contextlib.suppress(PassingError):
             return read()
@@ -176,21 +163,18 @@ def try_again(read: Callable[[], T]) -> T:
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether an error of Python, TensorFlow or array_record says that a disk did not answer.
-
-    Or a network, or that the machine was short of something. array_record's errors are text alone.
-    """
-    number = getattr(error, 'errno', None)
-    if number is not None:  # the text has the path, too
-        return number in _PASSING
+    """Returns whether an error says that a disk or a network failed, and not that a file is bad."""
+    if isinstance(error, OSError):
+        return not isinstance(error, _ABOUT_THE_FILE)
     if getattr(error, 'error_code', None) in _PASSING_CODES:
         return True
-    return any(text in str(error) for text in (*PASSING_TEXTS, *map(os.strerror, _PASSING)))
+    # array_record's errors are text alone
+    return any(text in str(error) for text in (*PASSING_TEXTS, 'Input/output error'))
 
 
 @contextlib.contextmanager
-def told(path: str) -> Iterator[None]:
-    """What reading `path` raises, as UserError or PassingError that names it."""
+def naming(path: str) -> Iterator[None]:
+    """Turns the errors of reading `path` in the block into UserError or PassingError naming it."""
     try:
         yield
     except FileNotFoundError:
@@ -199,7 +183,7 @@ def told(path: str) -> Iterator[None]:
         kind = PassingError if is_passing(error) else UserError
         raise kind(f'{path} cannot be read: {error.strerror or error}') from None
     except Exception as error:
-        if '://' not in path or isinstance(error, MemoryError):
+        if '://' not in path:
             raise
         if getattr(error, 'error_code', None) == _UNIMPLEMENTED:
             raise UserError(
@@ -211,7 +195,7 @@ def told(path: str) -> Iterator[None]:
 
 
 def gfile() -> Any:
-    """TensorFlow's file system, which knows buckets."""
-    import tensorflow as tf  # slow to import, and needed for remote paths alone
+    """Returns TensorFlow's file system, which knows buckets."""
+    import tensorflow as tf  # here, since it takes seconds and only addresses need it
 
     return tf.io.gfile

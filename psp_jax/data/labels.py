@@ -5,6 +5,7 @@ colour coding, PASCAL VOC's colour map, cityscapesScripts, SegNet's CamVid).
 """
 
 import ast
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,24 +13,24 @@ import numpy as np
 
 from psp_jax.errors import UserError
 
-IGNORE = 255  # pixels of this label count neither in the loss nor in a metric
-UNLABELLED = (32, 32, 32)  # their colour in pictures
+IGNORE = 255  # pixels with this label count neither in the loss nor in a metric
+UNLABELLED = (32, 32, 32)  # the colour of such pixels in pictures
 
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """The classes 0..N-1 of a data set, and everything that is peculiar to it."""
+    """The classes 0..N-1 of a data set, and what is special about the data set."""
 
     names: tuple[str, ...]
     colors: np.ndarray  # uint8 [N, 3] RGB
-    # How the published files store the classes: a value of data.label_map.
+    # The value of data.label_map that reads the published files.
     label_map: str = ''
-    # The id of each class in the files that the benchmark's server takes; () = class ids, in PNGs
-    # with a palette.
+    # The id of each class in the files that the benchmark's server accepts; () = the class ids
+    # themselves, in PNGs with a palette.
     server_ids: tuple[int, ...] = ()
-    # The category of each class, whose mean IoU is scored too; () = none.
+    # The category of each class; the mean IoU of the categories is reported too. () = none.
     categories: tuple[str, ...] = ()
-    # Whether to score the mean of mIoU (an absent class counts 0) and pixel accuracy.
+    # Whether to report the mean of mIoU (an absent class counts as 0) and pixel accuracy.
     challenge_score: bool = False
     image_size: tuple[int, int] | None = None  # (height, width), if all images have the same
 
@@ -102,13 +103,13 @@ _CITYSCAPES_CATEGORIES = (
 
 
 def _named(table: str, **fields: Any) -> LabelSpace:
-    """A label space from 'name RRGGBB, name RRGGBB, ...'."""
+    """Parses a label space from 'name RRGGBB, name RRGGBB, ...'."""
     rows = [row.strip().rpartition(' ') for row in table.split(',')]
     colors = np.array([tuple(bytes.fromhex(color)) for _, _, color in rows], np.uint8)
     return LabelSpace(tuple(name for name, _, _ in rows), colors, **fields)
 
 
-# The values that data.classes can name. A further data set is one more entry.
+# The label spaces that data.classes can name. A further data set is one more entry.
 LABEL_SPACES: dict[str, LabelSpace] = {
     'ade20k': _named(
         _ADE20K, label_map='minus_one', server_ids=tuple(range(1, 151)), challenge_score=True
@@ -123,6 +124,16 @@ LABEL_SPACES: dict[str, LabelSpace] = {
     ),
     'camvid': _named(_CAMVID, label_map='{11: 255}'),
     'scenes': _named(_SCENES),
+}
+
+
+# The maps that data.label_map can name: stored value -> class.
+LABEL_MAPS: dict[str, dict[int, int]] = {
+    # 0 = other, then the classes from 1 (ADE20K)
+    'minus_one': {0: IGNORE} | {value: value - 1 for value in range(1, IGNORE)},
+    # the 34 label ids of Cityscapes -> its 19 train ids
+    'cityscapes_ids': dict.fromkeys(range(256), IGNORE)
+    | {label_id: train_id for train_id, label_id in enumerate(_CITYSCAPES_IDS)},
 }
 
 
@@ -156,44 +167,48 @@ def label_space(classes: str) -> LabelSpace:
 
 
 def palette(space: LabelSpace) -> np.ndarray:
-    """RGB uint8 [256, 3] of every value in a label map: the classes' colours, then UNLABELLED."""
+    """Returns the RGB colour of each label value, uint8 [256, 3]; UNLABELLED for other values."""
     table = np.full((256, 3), UNLABELLED, np.uint8)
     table[: len(space.colors)] = space.colors
     return table
 
 
 def server_ids(ids: np.ndarray, space: LabelSpace) -> np.ndarray:
-    """Class ids uint8 [H, W] as the benchmark's server wants them in a file."""
+    """Returns class ids uint8 [H, W] as the values that the benchmark's server expects."""
     return np.array(space.server_ids, np.uint8)[ids] if space.server_ids else ids
 
 
 def label_table(label_map: str) -> np.ndarray:
     """Returns the look-up table uint8 [256] from a stored label value to a class (255 = ignore).
 
-    label_map: '' (values are classes), 'minus_one' (0 -> 255, v -> v - 1; ADE20K),
-        'cityscapes_ids' (the 34 label ids -> 19 train ids, the others -> 255), or the values
-        that change as a dict literal ('{11: 255}'). A stored 255 stays 255 unless the literal
-        says otherwise.
-    Raises UserError where it is none of these.
+    label_map: '' (values are classes), a key of LABEL_MAPS, or the values that change as a dict
+        literal ('{11: 255}'). A stored 255 stays 255 unless the map says otherwise.
+    Raises UserError if it is none of these.
     """
-    table = np.arange(256, dtype=np.uint8)
     spec = label_map.strip()
-    if spec == 'minus_one':
-        table[1:IGNORE] = np.arange(IGNORE - 1)
-        table[0] = IGNORE
-    elif spec == 'cityscapes_ids':
-        table[:] = IGNORE
-        table[list(_CITYSCAPES_IDS)] = np.arange(len(_CITYSCAPES_IDS))
-    elif spec:
-        for value, train_id in _parse_map(label_map).items():
-            table[value] = train_id
+    changes = LABEL_MAPS[spec] if spec in LABEL_MAPS else _parse_map(spec) if spec else {}
+    table = np.arange(256, dtype=np.uint8)
+    table[list(changes.keys())] = list(changes.values())
     return table
 
 
+def published_map(space: LabelSpace, values: Sequence[int]) -> str:
+    """Returns the map of the published files of `space` if `values` can be theirs, otherwise ''.
+
+    values: stored label values that are no classes of `space`.
+    """
+    if not space.label_map:
+        return ''
+    mapped = label_table(space.label_map)
+    last = np.flatnonzero(mapped < len(space.names))[-1]  # the last class as it is stored
+    return space.label_map if max(values) <= last + 1 else ''  # a void label may follow it
+
+
 def _parse_map(label_map: str) -> dict[int, int]:
-    allowed = "use '', 'minus_one', 'cityscapes_ids' or a dict of values 0..255 such as '{11: 255}'"
+    allowed = f"use '', {', '.join(map(repr, LABEL_MAPS))} or a dict of values 0..255 such as"
+    allowed += " '{11: 255}'"
     try:
-        parsed = ast.literal_eval(label_map.strip())
+        parsed = ast.literal_eval(label_map)
     except (ValueError, SyntaxError, TypeError):
         raise UserError(f'data.label_map = {label_map!r} is not a label map: {allowed}') from None
     if not isinstance(parsed, dict):
@@ -205,9 +220,10 @@ def _parse_map(label_map: str) -> dict[int, int]:
 
 
 def _distinct_colors(count: int) -> np.ndarray:
-    """PASCAL VOC's colour map: bits 0, 1, 2 of the class go to the high bits of R, G, B, and so on.
+    """Returns PASCAL VOC's colours uint8 [count, 3], which are distinct for all 256 values.
 
-    Source: VOCdevkit, VOClabelcolormap.m. Distinct for all 256 values.
+    Bits 0, 1, 2 of the class become the highest bits of R, G, B; bits 3, 4, 5 the next ones, and
+    so on. Source: VOCdevkit, VOClabelcolormap.m.
     """
     classes = np.arange(count)
     colors = np.zeros((count, 3), np.uint8)

@@ -1,8 +1,8 @@
-"""Examples in, batches out: the order of training examples and the parallel reading of them.
+"""The order of training examples, and the parallel reading of examples into batches.
 
 Training example number p of a run (p = step * batch_size + row) is a pure function of (seed, p):
-which image, and every random choice made on it. So a run resumes at any step at no cost, bit for
-bit, and on another number of processes.
+which image it is, and every random choice made on it. So a run resumes at any step at no cost, bit
+for bit, and on another number of processes.
 """
 
 import atexit
@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import cv2
@@ -20,30 +21,30 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from psp_jax.data.augment import augment
+from psp_jax.data.examples import Source
 from psp_jax.data.labels import IGNORE
-from psp_jax.data.sources import Source
 from psp_jax.errors import PassingError, UserError
 
 K = TypeVar('K')
 T = TypeVar('T')
 
-cv2.setNumThreads(0)  # examples are worked on in parallel, one thread each
+cv2.setNumThreads(0)  # examples are processed in parallel, one thread each
 for _kind in ('GPU', 'TPU'):
-    with contextlib.suppress(RuntimeError):  # TensorFlow is already up: nothing left to hide
+    with contextlib.suppress(RuntimeError):  # TensorFlow has started: it is too late to hide them
         tf.config.set_visible_devices([], _kind)
 
 _PREFETCH = 2  # batches ready ahead of the training step
-_TRIES = 8  # examples that may be bad in a row where they are skipped
-# Before the message of an example that has nothing in its place.
-_BAD, _NOT_THERE = b'\0', b'\1'
+_TRIES = 8  # with data.on_error=skip the run ends after so many bad examples in a row
+# The first byte of the message of an example that no other replaces, and the error it becomes.
+_ERRORS = {b'\0': UserError, b'\1': PassingError}
 
 
 def example_index(positions: np.ndarray, length: int, seed: int) -> np.ndarray:
-    """Returns which example of the source is training example number `positions`.
+    """Returns the index in the source of training example number `positions`.
 
     positions: int64 [n], >= 0; length: examples in the source; seed: the run's.
-    Returns int64 [n] in 0..length-1. Every stretch of `length` positions that begins at a multiple
-    of `length` (an epoch) is a permutation, another one for each epoch and seed.
+    Returns int64 [n] in 0..length-1. Each epoch, that is `length` positions from a multiple of
+    `length` on, is a permutation of its own, which also depends on the seed.
     """
     positions = np.asarray(positions, np.int64)
     epochs = positions // length
@@ -52,6 +53,44 @@ def example_index(positions: np.ndarray, length: int, seed: int) -> np.ndarray:
         where = epochs == epoch
         indices[where] = _shuffled(positions[where] % length, epoch, length, seed).numpy()
     return indices
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """Reads and augments training examples; data, seed: config.data and config.seed."""
+
+    source: Source
+    data: ConfigDict
+    seed: int
+
+    @property
+    def crop(self) -> tuple[int, int]:
+        crop = self.data.crop
+        return (crop, crop) if isinstance(crop, int) else (crop[0], crop[1])
+
+    def load(self, position: np.int64, index: np.int64) -> tuple[np.ndarray, np.ndarray, bytes]:
+        """Returns image, label and error message of one training example.
+
+        TensorFlow would wrap an exception, so the message travels with the batch instead. b'': the
+        example is good; starting with a key of _ERRORS: it is bad, image and label are blank; other
+        messages: it is bad, image and label are those of the next good example.
+        """
+        first, skips = b'', self.data.on_error == 'skip'
+        for other in range(_TRIES if skips else 1):
+            rng = np.random.Generator(np.random.Philox(key=_key(self.seed, int(position))))
+            try:
+                decoded = self.source.read((int(index) + other) % self.source.length)
+                return (*augment(*decoded, rng, self.data), first)
+            except UserError as error:
+                first = first or str(error).encode()
+            except PassingError as error:  # not skipped: the run would not be reproducible
+                return (*self._blank(), b'\1' + str(error).encode())
+        if skips:
+            first += f' (nor can the next {_TRIES - 1}: data.on_error=skip gives up)'.encode()
+        return (*self._blank(), b'\0' + first)
+
+    def _blank(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros((*self.crop, 3), np.uint8), np.zeros(self.crop, np.uint8)
 
 
 def train_batches(
@@ -67,51 +106,36 @@ def train_batches(
     Of each global batch of config.batch_size (B) examples, process h of P gets the rows
     [h * B/P : (h + 1) * B/P]. A batch holds, with n = B/P: 'image' uint8 [n, height, width, 3] RGB,
     'label' uint8 [n, height, width] (255 = ignore), 'position' int64 [n] (the example numbers),
-    'skipped' [(position, message), ...]: where data.on_error is 'skip', examples that could not be
-    read, in whose place the next one of the source is that can be.
-    Raises UserError at once where B does not divide, and from `next` where an example is bad, or
-    PassingError where a disk or a bucket does not answer.
+    'skipped' [(position, message), ...]: with data.on_error=skip the examples that could not be
+    read; each is replaced by the next example of the source that can be read.
+    Raises UserError at once if B does not divide, and from `next` if an example is bad, or
+    PassingError if a disk or a bucket does not answer.
     """
-    data, seed = config.data, config.seed
     rows, rest = divmod(config.batch_size, process_count)
     if rest or not rows:
         raise UserError(
             f'batch_size = {config.batch_size} does not divide over {process_count} processes: '
             'make it a multiple of their number'
         )
-    crop = (data.crop, data.crop) if isinstance(data.crop, int) else tuple(data.crop)
-    blank = np.zeros((*crop, 3), np.uint8), np.zeros(crop, np.uint8)
-
-    def load(position: np.int64, index: np.int64) -> tuple[np.ndarray, np.ndarray, bytes]:
-        # TensorFlow would wrap an exception: its text travels with the batch instead.
-        first = b''
-        for other in range(_TRIES if data.on_error == 'skip' else 1):
-            rng = np.random.Generator(np.random.Philox(key=_key(seed, int(position))))
-            try:
-                decoded = source.read((int(index) + other) % source.length)
-                return (*augment(*decoded, rng, data), first)
-            except UserError as error:
-                first = first or str(error).encode()
-            except PassingError as error:  # another one in its place would be another training
-                return (*blank, _NOT_THERE + str(error).encode())
-        if data.on_error == 'skip':
-            first += f' (nor can the next {_TRIES - 1}: data.on_error=skip gives up)'.encode()
-        return (*blank, _BAD + first)
+    loader = _Loader(source, config.data, config.seed)
 
     def example(n: tf.Tensor) -> dict[str, tf.Tensor]:
         position = n // rows * config.batch_size + process_index * rows + n % rows
-        index = _shuffled(position % source.length, position // source.length, source.length, seed)
+        slot, epoch = position % source.length, position // source.length
         image, label, error = tf.numpy_function(
-            load, [position, index], (tf.uint8, tf.uint8, tf.string), stateful=False
+            loader.load,
+            [position, _shuffled(slot, epoch, source.length, config.seed)],
+            (tf.uint8, tf.uint8, tf.string),
+            stateful=False,
         )
         return {
-            'image': tf.ensure_shape(image, (*crop, 3)),
-            'label': tf.ensure_shape(label, crop),
+            'image': tf.ensure_shape(image, (*loader.crop, 3)),
+            'label': tf.ensure_shape(label, loader.crop),
             'position': position,
             'error': tf.ensure_shape(error, ()),
         }
 
-    threads = data.threads or os.cpu_count() or 1
+    threads = config.data.threads or os.cpu_count() or 1
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = False
@@ -124,9 +148,25 @@ def train_batches(
         .prefetch(_PREFETCH)
         .with_options(options)
     )
-    iterator = _checked(batches)
-    # A TensorFlow iterator that is still alive when Python shuts down waits for threads that wait
-    # for Python: the process would never end.
+    return _closed_at_exit(_checked(batches))
+
+
+def _checked(batches: tf.data.Dataset) -> Generator[dict[str, Any], None, None]:
+    """Yields the batches as arrays, with error messages raised or listed as 'skipped'."""
+    for batch in batches.as_numpy_iterator():
+        errors = batch.pop('error')
+        for error in errors:
+            if error[:1] in _ERRORS:
+                raise _ERRORS[error[:1]](error[1:].decode())
+        skipped = zip(batch['position'].tolist(), errors, strict=True)
+        yield {**batch, 'skipped': [(p, error.decode()) for p, error in skipped if error]}
+
+
+def _closed_at_exit(iterator: Generator[T, None, None]) -> Generator[T, None, None]:
+    """Has a TensorFlow iterator closed before Python shuts down.
+
+    Otherwise it waits for threads that wait for Python, and the process never ends.
+    """
     alive = weakref.ref(iterator)
 
     @atexit.register
@@ -140,8 +180,8 @@ def train_batches(
 def read_ahead(read: Callable[[K], T], keys: Iterable[K], threads: int) -> Iterator[T]:
     """Yields read(key) for all `keys`, in their order.
 
-    threads: how many read at the same time (0 = all cores); twice as many are read ahead. What
-    `read` raises comes out where its result would have.
+    threads: how many read at the same time (0 = all cores); twice as many are read ahead. An error
+    of `read` is raised in the place of its result.
     """
     threads = threads or os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads)
@@ -160,29 +200,18 @@ def read_ahead(read: Callable[[K], T], keys: Iterable[K], threads: int) -> Itera
 def _shuffled(
     slot: tf.Tensor | np.ndarray, epoch: tf.Tensor | np.int64, length: int, seed: int
 ) -> tf.Tensor:
-    """Example at place `slot` (scalar or vector, int64) of the epoch's permutation."""
+    """Returns the example at place `slot` (scalar or vector, int64) of the epoch's permutation."""
     words = tf.stack([tf.constant(seed & 0xFFFFFFFF, tf.int64), tf.cast(epoch, tf.int64)])
     return tf.random.experimental.index_shuffle(slot, seed=words, max_index=length - 1)
 
 
 def _key(seed: int, position: int) -> np.ndarray:
-    """Philox's 128-bit key: another stream for every pair of seed and example number."""
+    """Returns Philox's 128-bit key; every pair of seed and example number has its own stream."""
     return np.array([seed & 0xFFFFFFFFFFFFFFFF, position], np.uint64)
 
 
-def _checked(batches: tf.data.Dataset) -> Generator[dict[str, Any], None, None]:
-    for batch in batches.as_numpy_iterator():
-        errors = batch.pop('error')
-        for error in errors:
-            for start, kind in ((_BAD, UserError), (_NOT_THERE, PassingError)):
-                if error.startswith(start):
-                    raise kind(error.removeprefix(start).decode())
-        skipped = zip(batch['position'].tolist(), errors, strict=True)
-        yield {**batch, 'skipped': [(p, error.decode()) for p, error in skipped if error]}
-
-
 def holds_classes(source: Source, threads: int) -> bool:
-    """Whether any label of `source` has a pixel that counts; test sets may be all ignored.
+    """Returns whether any label of `source` has a pixel that counts; test sets may have none.
 
     Reads until there is one, `threads` examples at a time (0 = all cores).
     """

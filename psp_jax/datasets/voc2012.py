@@ -1,15 +1,10 @@
-"""TFDS builder of PASCAL VOC 2012 with SBD: `python -m psp_jax.datasets voc2012`.
-
-Or `tfds build psp_jax/datasets/voc2012.py`.
-"""
+"""TFDS builder of PASCAL VOC 2012 with SBD: `python -m psp_jax.datasets voc2012`."""
 
 import io
 import os
 import posixpath
-import sys
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,68 +12,39 @@ import scipy.io
 import tensorflow_datasets as tfds
 from etils import epath
 
-sys.path.append(str(Path(__file__).parents[2]))  # `tfds build FILE` does not know psp_jax
 from psp_jax.datasets import common
 from psp_jax.errors import UserError
 
-# The addresses are torchvision's (datasets/voc.py and sbd.py); checksums.tsv has the checksums.
 _VOC, _SBD = 'VOCtrainval_11-May-2012.tar', 'benchmark.tgz'
-_ADDRESSES = {
-    _VOC: f'https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/{_VOC}',
-    _SBD: 'https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/'
-    f'semantic_contours/{_SBD}',
-}
 _COUNTS = {'train_aug': 10_582, 'train': 1_464, 'val': 1_449}
 _VOC_FOLDER = 'VOCdevkit/VOC2012'
 _SBD_FOLDER = 'benchmark_RELEASE/dataset'
 _SBD_LISTS = (f'{_SBD_FOLDER}/train.txt', f'{_SBD_FOLDER}/val.txt')
-_CITATION = """\
-@article{everingham2015pascal,
-  title={The {PASCAL} Visual Object Classes Challenge: A Retrospective},
-  author={Everingham, Mark and Eslami, S. M. Ali and Van Gool, Luc and
-          Williams, Christopher K. I. and Winn, John and Zisserman, Andrew},
-  journal={International Journal of Computer Vision},
-  volume={111},
-  number={1},
-  pages={98--136},
-  year={2015}
-}
-@inproceedings{hariharan2011semantic,
-  title={Semantic Contours from Inverse Detectors},
-  author={Hariharan, Bharath and Arbel{\\'a}ez, Pablo and Bourdev, Lubomir and Maji, Subhransu and
-          Malik, Jitendra},
-  booktitle={IEEE International Conference on Computer Vision (ICCV)},
-  year={2011}
-}"""
 
 
-class Voc2012(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+class Voc2012(common.Builder, skip_registration=True):  # type: ignore[call-arg]
     """PASCAL VOC 2012 segmentation with the labels of SBD: background and 20 classes.
 
     Splits: train (1,464 images) and val (1,449) of VOC; train_aug (10,582), which is VOC's train
     and both splits of the Semantic Boundaries Dataset without VOC's val. Labels are class ids
-    0..20; 255 is ignored. Where VOC has a label of its own it is taken, also in train_aug, as in
-    mmsegmentation; those of SBD have no ignored border around objects.
+    0..20; 255 is ignored. If VOC has a label of its own, that one is used, also in train_aug, as in
+    mmsegmentation; SBD's labels have no ignored border around objects.
 
     Terms: the images are from flickr, under its terms of use
     (http://host.robots.ox.ac.uk/pascal/VOC/voc2012/#rights); cite both data sets.
     """
 
-    VERSION = tfds.core.Version('1.0.0')
-    RELEASE_NOTES = {'1.0.0': 'First release.'}
-    MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        f'{_VOC} and {_SBD} are downloaded unless they lie in the folder.'
-    )
-
-    __init__ = common.init
-    _example_writer = common.example_writer
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        homepage = 'http://host.robots.ox.ac.uk/pascal/VOC/voc2012/'
-        return common.dataset_info(self, 'voc2012', homepage, _CITATION)
+    CLASSES = 'voc2012'
+    HOMEPAGE = 'http://host.robots.ox.ac.uk/pascal/VOC/voc2012/'
+    # Addresses and checksums (in checksums.tsv) are torchvision's (datasets/voc.py and sbd.py).
+    ARCHIVES = {
+        _VOC: f'https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/{_VOC}',
+        _SBD: 'https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/'
+        f'semantic_contours/{_SBD}',
+    }
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        paths = common.find_archives(dl_manager, _ADDRESSES)
+        paths = self.find_archives(dl_manager, self.ARCHIVES)
         voc, sbd = open_voc(paths[_VOC]), open_sbd(paths[_SBD])
         return {split: self._generate_examples(voc, sbd, split) for split in _COUNTS}
 
@@ -86,69 +52,57 @@ class Voc2012(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
         self, voc: common.Archive, sbd: common.Archive, split: str
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         pairs = pairs_of(voc, sbd, split)
-        common.check_count(split, len(pairs), _COUNTS[split])
 
         def labels(name: str) -> np.ndarray:
             if name.endswith('.mat'):
                 return read_mat(sbd, name)
             return common.read_label(voc, name)
 
-        return common.examples(pairs, voc, labels, 'voc2012')
+        return self.examples(split, _COUNTS[split], pairs, voc, labels)
 
 
 def open_voc(path: epath.PathLike) -> common.Archive:
-    """VOC's tar file, of which any file can be read at any time."""
-    with common.whole(path, 'is not a whole tar file'):
+    """Opens VOC's tar file, whose files can be read in any order."""
+    with common.naming_archive(path):
         tar = tarfile.open(fileobj=epath.Path(path).open('rb'), mode='r:')
         files = {posixpath.normpath(member.name): member for member in tar if member.isfile()}
 
     def read(name: str) -> bytes:
-        with common.whole(path, f'is damaged at {name}'):
-            file = tar.extractfile(files[name]) if name in files else None
-            if file is not None:
-                return file.read()
-        raise UserError(f'{path} holds no {name}')
+        file = tar.extractfile(files[name])
+        assert file is not None  # `files` holds no folders
+        return file.read()
 
-    return common.Archive(os.fspath(path), list(files), read)
+    return common.Archive(os.fspath(path), frozenset(files), read)
 
 
 def open_sbd(path: epath.PathLike) -> common.Archive:
-    """SBD's labels and lists, all in memory: a compressed tar file has to be read front to back."""
+    """Reads SBD's labels and lists into memory: a compressed tar file is read front to back."""
     files = {}
     with (
-        common.whole(path, 'is not a whole tgz file'),
+        common.naming_archive(path),
         tarfile.open(fileobj=epath.Path(path).open('rb'), mode='r|gz') as tar,
     ):
         for member in tar:
             name = posixpath.normpath(member.name)
             if name.startswith(f'{_SBD_FOLDER}/cls/') or name in _SBD_LISTS:
                 file = tar.extractfile(member)
-                if file is not None:
+                if file is not None:  # it is no folder
                     files[name] = file.read()
-
-    def read(name: str) -> bytes:
-        if name not in files:
-            raise UserError(f'{path} holds no {name}')
-        return files[name]
-
-    return common.Archive(os.fspath(path), list(files), read)
+    return common.Archive(os.fspath(path), frozenset(files), files.__getitem__)
 
 
 def read_mat(sbd: common.Archive, name: str) -> np.ndarray:
-    """The class ids uint8 [H, W] in one of SBD's .mat files."""
+    """Returns the class ids uint8 [H, W] in one of SBD's .mat files."""
     try:
         return scipy.io.loadmat(io.BytesIO(sbd.read(name)))['GTcls']['Segmentation'][0, 0]
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except Exception as error:  # SciPy raises nearly anything on broken files
-        raise UserError(f'{sbd.path} is damaged at {name}: delete it and run this again') from error
+        raise UserError(f'{sbd.path}: {name} is damaged: delete it and run this again') from error
 
 
 def pairs_of(voc: common.Archive, sbd: common.Archive, split: str) -> list[common.Pair]:
-    """Images and labels of 'train', 'val' or 'train_aug'; SBD's labels are .mat files.
-
-    Raises UserError where an archive lacks the image or the label of a name on its lists.
-    """
+    """Returns the pairs of 'train', 'val' or 'train_aug'; SBD's labels are .mat files."""
 
     def listed(archive: common.Archive, name: str) -> set[str]:
         return set(archive.read(name).decode().split())
@@ -160,11 +114,6 @@ def pairs_of(voc: common.Archive, sbd: common.Archive, split: str) -> list[commo
     if split == 'train_aug':
         more = set().union(*(listed(sbd, name) for name in _SBD_LISTS)) - train - val
         labels |= {stem: f'{_SBD_FOLDER}/cls/{stem}.mat' for stem in more}
-    pairs = [
+    return [
         common.Pair(f'{_VOC_FOLDER}/JPEGImages/{stem}.jpg', labels[stem]) for stem in sorted(labels)
     ]
-    there = {*voc.names, *sbd.names}
-    missing = [name for pair in pairs for name in pair if name not in there]
-    if missing:
-        raise UserError(f'{split}: {missing[0]} is on the list but not in the archives')
-    return pairs

@@ -1,8 +1,7 @@
-"""What annotation tools write, as class ids: functions of parsed JSON and of decoded masks alone.
+"""Makes class ids of what annotation tools write: pure functions of parsed JSON and decoded masks.
 
-They raise ValueError where something is wrong in a file, and what Python raises (KeyError,
-TypeError, AttributeError, OverflowError, OSError) where it has another form. The caller knows the
-file's name.
+They raise ValueError if the content of a file is wrong, and KeyError, TypeError, AttributeError or
+OSError if it has another form. The caller adds the file's name.
 """
 
 import base64
@@ -20,16 +19,16 @@ from psp_jax.data.labels import IGNORE
 Size = tuple[int, int]  # height, width
 Points = list[tuple[float, float]]  # x, y
 
-IGNORED = '__ignore__'  # labelme's label of pixels that do not count, ours of those without one
+IGNORED = '__ignore__'  # labelme's label of pixels that do not count; also of those without one
 BACKGROUND = ('_background_', 'background', 'unlabeled')  # the labels of pixels without a shape
 
 
-# Of points, in pixels. Pillow draws larger circles for minutes, and the largest wrongly.
-FARTHEST = 100_000
+# The kinds of shapes that have an area.
+KINDS = ('polygon', 'rectangle', 'oriented_rectangle', 'circle', 'mask')
 
 
 class Shape(NamedTuple):
-    """A labelled region. kind: of FEWEST; mask: of mode '1', its upper left at points[0]."""
+    """A labelled region. kind: of KINDS. mask: of mode '1', its upper left corner at points[0]."""
 
     label: str
     kind: str
@@ -37,28 +36,17 @@ class Shape(NamedTuple):
     mask: Image.Image | None = None
 
 
-# The kinds of shapes that have an area, and of how many points they are at least.
-FEWEST = {
-    'polygon': 3,
-    'rectangle': 2,  # opposite corners, or all four
-    'oriented_rectangle': 4,
-    'circle': 2,  # the centre, and a point of the rim
-    'mask': 2,  # opposite corners
-}
-
-
 def class_name(label: str) -> str:
-    """A label as data.classes can hold it, where commas divide: 'tree, big' -> 'tree/big'."""
-    return re.sub(r'\s*,\s*', '/', label)
+    """Returns a label without commas, which divide data.classes: 'tree, big' -> 'tree/big'."""
+    return re.sub(r'\s*,\s*', '/', label.strip())
 
 
 def draw(shapes: Iterable[Shape], ids: Mapping[str, int], size: Size) -> np.ndarray:
-    """Class ids uint8 [H, W] of shapes, later over earlier, on the background's id.
+    """Draws shapes as class ids uint8 [H, W], later over earlier, on the background's id.
 
-    ids: label -> value, 255 for a label that is not there, as is the background if none is. The
-    pixels are Pillow's, which labelme and Cityscapes draw with: corners are cut to whole pixels
-    towards 0, and the outline is part of a shape, so that a rectangle from (1, 1) to (3, 2) covers
-    3 x 2 pixels.
+    ids: label -> value; 255 for a label that is not there, and for the background if none is.
+    Pillow draws, as for labelme and Cityscapes: corners are cut to whole pixels towards 0, and the
+    outline is part of a shape. So a rectangle from (1, 1) to (3, 2) covers 3 x 2 pixels.
     """
     background = next((ids[label] for label in BACKGROUND if label in ids), IGNORE)
     picture = Image.new('L', (size[1], size[0]), background)
@@ -71,8 +59,6 @@ def draw(shapes: Iterable[Shape], ids: Mapping[str, int], size: Size) -> np.ndar
         elif kind == 'circle':
             (x, y), rim = points[:2]
             radius = math.dist((x, y), rim)
-            if radius > FARTHEST:
-                raise ValueError(f'a circle ({label}) has the radius {radius:g}: redraw it')
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), value)
         elif mask:
             pen.bitmap((int(points[0][0]), int(points[0][1])), mask, value)
@@ -82,91 +68,59 @@ def draw(shapes: Iterable[Shape], ids: Mapping[str, int], size: Size) -> np.ndar
 
 
 def labelme(document: Any) -> tuple[str, Size, list[Shape]]:
-    """The image's path, relative to the JSON file, its size, and the shapes."""
+    """Returns the image's path relative to the JSON file, its size, and the shapes."""
     shapes = []
     for number, item in enumerate(document['shapes'], 1):
-        label = _label(item['label'], f'shape {number}')
-        kind = item.get('shape_type') or 'polygon'
-        what, mask = f'shape {number} ({label})', None
-        if kind not in FEWEST:
+        label, kind = class_name(item['label']), item.get('shape_type') or 'polygon'
+        if kind not in KINDS:
             raise ValueError(
-                f'{what} is a {kind}, which has no area: delete it, or redraw it as '
-                f'{", ".join(FEWEST)}'
+                f'shape {number} ({label}) is a {kind}, which has no area: delete it, or redraw it '
+                f'as {", ".join(KINDS)}'
             )
-        points = _points(item['points'], FEWEST[kind], what)
+        mask = None
         if kind == 'mask':
-            mask = _mask(item['mask'], what)
-        shapes.append(Shape(label, kind, points, mask))
-    size = _size(document, 'imageHeight', 'imageWidth')
+            with Image.open(io.BytesIO(base64.b64decode(item['mask']))) as stored:
+                mask = Image.fromarray(np.asarray(stored.convert('L')) > 0)
+        shapes.append(Shape(label, kind, _points(item['points']), mask))
+    size = int(document['imageHeight']), int(document['imageWidth'])
     return document['imagePath'].replace('\\', '/'), size, shapes  # \: labelme on Windows
 
 
 def cityscapes(document: Any, classes: Collection[str]) -> tuple[Size, list[Shape]]:
-    """The image's size and the polygons to draw, as cityscapesscripts does it.
+    """Returns the image's size and the polygons to draw, as cityscapesscripts does.
 
-    Deleted objects are left out, and license plates, whose pixels keep what lies under them. A
-    group (cargroup) is as one of it, but for polegroup, which is a label of its own. All this
-    holds for labels that are not among `classes`.
+    Leaves out deleted objects, and license plates, whose pixels keep what lies under them. A group
+    (cargroup) counts as one of its members, except polegroup, which is a label of its own. A label
+    among `classes` is always drawn as it is.
     """
     shapes = []
-    for number, item in enumerate(document['objects'], 1):
-        label = class_name(_label(item['label'], f'object {number}'))
+    for item in document['objects']:
+        label = class_name(item['label'])
         if label not in {*classes, 'polegroup'}:
             label = label.removesuffix('group')
         if item.get('deleted') or (label == 'license plate' and label not in classes):
             continue
-        points = _points(item['polygon'], 2, f'object {number} ({label})')  # 2: a line
-        shapes.append(Shape(label, 'polygon', points))
-    return _size(document, 'imgHeight', 'imgWidth'), shapes
+        shapes.append(Shape(label, 'polygon', _points(item['polygon'])))
+    return (int(document['imgHeight']), int(document['imgWidth'])), shapes
 
 
-def _label(text: str, what: str) -> str:
-    label = text.strip()
-    if not label:
-        raise ValueError(f'{what} has no label: give it one, or delete it')
-    if re.search(r'[\x00-\x1f\ud800-\udfff]', label):
-        raise ValueError(f'{what} has the label {label!r}, which cannot be printed: rename it')
-    return label
-
-
-def _size(document: Any, *keys: str) -> Size:
-    height, width = (int(document[key]) for key in keys)
-    if min(height, width) < 1:
-        raise ValueError(f'{keys[0]} and {keys[1]} must be 1 or more: correct them')
-    return height, width
-
-
-def _mask(encoded: Any, what: str) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(base64.b64decode(encoded))) as stored:
-            return Image.fromarray(np.asarray(stored.convert('L')) > 0)
-    except Exception as error:  # Pillow raises nearly anything on broken files
-        raise ValueError(f'{what} has a mask that cannot be read: redraw or delete it') from error
-
-
-def _points(points: Any, fewest: int, what: str) -> Points:
-    found = [(float(x), float(y)) for x, y in points]
-    if len(found) < fewest:
-        raise ValueError(f'{what} has {len(found)} of {fewest} points: redraw or delete it')
-    for point in found:
-        if not all(abs(number) <= FARTHEST for number in point):  # nor is nan
-            raise ValueError(f'{what} has a point at {point}: redraw or delete it')
-    return found
+def _points(points: Any) -> Points:
+    return [(float(x), float(y)) for x, y in points]
 
 
 def packed(color: np.ndarray | Iterable[int]) -> Any:
-    """R + 256 G + 65536 B of colours, integers [..., 3]: int64 [...]. COCO's number of a colour."""
+    """Returns R + 256 G + 65536 B of colours [..., 3], int64 [...]: COCO's number of a colour."""
     return np.asarray(color) @ np.array([1, 256, 65536])
 
 
 def color_ids(
     rgb: np.ndarray, labels: Mapping[int, str], ids: Mapping[str, int]
 ) -> tuple[np.ndarray, frozenset[str]]:
-    """Class ids uint8 [H, W] of a picture whose colours stand for labels.
+    """Returns class ids uint8 [H, W] of an image whose colours stand for labels.
 
-    rgb: uint8 [H, W, 3]. labels: packed colour -> label. ids: label -> value, 255 for a label that
-    is not there; such labels of the picture are the second result. Raises ValueError for a colour
-    that is not in `labels`.
+    rgb: uint8 [H, W, 3]. labels: packed colour -> label. ids: label -> value; 255 for a label that
+    is not there, and the second result holds such labels. Raises ValueError for a colour that is
+    not in `labels`.
     """
     numbers, keys = packed(rgb), sorted(labels)
     places = np.searchsorted(keys, numbers).clip(max=len(keys) - 1)
@@ -176,10 +130,9 @@ def color_ids(
         remedy = 'add it to labelmap.txt or to the JSON file'
         if (rgb == rgb[..., :1]).all():
             remedy = f'grey masks of class ids need no conversion; if it is a colour, {remedy}'
-        raise ValueError(f'colour {color}, as a number {packed(color)}, is of no label: {remedy}')
+        raise ValueError(f'colour {color}, as a number {packed(color)}, has no label: {remedy}')
     table = np.array([ids.get(labels[key], IGNORE) for key in keys], np.uint8)
-    counts = np.bincount(places.ravel(), minlength=len(keys))
-    found = {labels[key] for key, count in zip(keys, counts, strict=True) if count}
+    found = {labels[keys[place]] for place in np.unique(places)}
     return table[places], frozenset(found - ids.keys())
 
 
@@ -187,41 +140,37 @@ VOID = int(packed((224, 224, 192)))  # PASCAL VOC's colour of pixels that do not
 
 
 def labelmap(text: str) -> dict[int, str]:
-    """Packed colour -> label of CVAT's lines 'label:r,g,b:parts:actions', without VOID.
+    """Returns packed colour -> label of CVAT's lines 'label:r,g,b:parts:actions', without VOID.
 
-    A line that begins with # is a comment. Some colours may have the same label.
+    A line that begins with # is a comment. Several colours may have the same label.
     """
     labels: dict[int, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith('#'):
             continue
         label, _, rest = line.partition(':')
-        label = _label(label, f'line {number}')
         values = [value.strip() for value in rest.split(':')[0].split(',')]
         if len(values) != 3 or not all(v.isdecimal() and int(v) < 256 for v in values):
             raise ValueError(f'line {number}: {line.strip()!r} is not label:red,green,blue::')
         color = int(packed([int(value) for value in values]))
         if color in labels:
             raise ValueError(f'line {number}: {label} has the colour of {labels[color]}')
-        labels[color] = label
+        labels[color] = class_name(label)
     labels.pop(VOID, None)
     return labels
 
 
 def image_set(text: str) -> list[str]:
-    """Names of the examples in a list of PASCAL VOC, one a line; CVAT puts some in quotes."""
+    """Returns the names in a list of PASCAL VOC, one a line; CVAT puts some in quotes."""
     return [line.strip().strip('"') for line in text.splitlines() if line.strip()]
 
 
 def panoptic(document: Any) -> tuple[list[str], dict[str, tuple[str, dict[int, str]]]]:
-    """What label maps need of a COCO panoptic JSON: the categories, and by the PNGs' names more.
+    """Returns the category names of a COCO panoptic JSON, and for each PNG its image and segments.
 
-    That is the image's name and packed colour -> category of its segments; black is IGNORED.
+    The segments are packed colour -> category; black is IGNORED.
     """
-    names = {
-        item['id']: _label(item['name'], f'category {item["id"]}')
-        for item in document['categories']
-    }
+    names = {item['id']: class_name(item['name']) for item in document['categories']}
     images = {item['id']: item['file_name'] for item in document['images']}
     files = {}
     for item in document['annotations']:
