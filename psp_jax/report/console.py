@@ -1,4 +1,4 @@
-"""What a person reads of a run on the terminal."""
+"""Lines that a run prints on the terminal."""
 
 import sys
 import time
@@ -8,23 +8,31 @@ import jax
 
 
 def say(text: str) -> None:
-    """Prints from the first process of a run only."""
+    """Prints the text in process 0 only."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
 
+def on_terminal() -> bool:
+    """Whether to show progress bars: in process 0, if stderr is a terminal."""
+    return sys.stderr.isatty() and jax.process_index() == 0
+
+
 class Speed:
-    """Steps a second and the share of time spent waiting for data, without pauses."""
+    """Measures seconds a step and the share of them spent waiting for data.
+
+    The training loop adds to `steps` and `waited` (seconds).
+    """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Starts a new interval, as after an evaluation, which is not the training's time."""
+        """Starts a new interval, for instance after an evaluation, which must not count."""
         self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
     def read(self) -> tuple[float, float]:
-        """(seconds a step, share of waiting) since the last call; starts a new interval."""
+        """Returns (seconds a step, share of waiting) of the interval and starts a new one."""
         seconds = time.perf_counter() - self.start
         result = seconds / max(self.steps, 1), self.waited / max(seconds, 1e-9)
         self.reset()
@@ -32,7 +40,7 @@ class Speed:
 
 
 def duration(seconds: float) -> str:
-    """'2d03h', '1h05m' or '4m07s'."""
+    """Seconds as '2d03h', '1h05m' or '4m07s'."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 48:
@@ -41,7 +49,7 @@ def duration(seconds: float) -> str:
 
 
 def step_line(step: int, total: int, values: dict[str, float]) -> str:
-    """One line of training progress from the scalars of `Writer`."""
+    """The line of a training step; `values` are the scalars of metrics.jsonl."""
     aux = f' aux {values["loss_aux"]:.4f},' if 'loss_aux' in values else ''
     left = (total - step) * values['seconds_per_step']
     return (
@@ -53,7 +61,10 @@ def step_line(step: int, total: int, values: dict[str, float]) -> str:
 
 
 def class_table(scores: dict[str, Any]) -> str:
-    """IoU, accuracy and share of pixels of each class, and the means, as lines."""
+    """A line for each class with its IoU, accuracy and share of pixels, all in percent.
+
+    scores: the content of metrics.json. A dash stands for a class without pixels to count.
+    """
     width = max(len(c['name']) for c in scores['classes']) + 2
     total = max(sum(c['pixels'] for c in scores['classes']), 1)
 
@@ -68,16 +79,14 @@ def class_table(scores: dict[str, Any]) -> str:
 
 
 def headline(scores: dict[str, Any]) -> str:
-    extra = ''
-    for name in ('challenge_score', 'category_mIoU'):
-        if name in scores:
-            extra += f'  {name.replace("_", " ")} {100 * scores[name]:.2f}'
+    """The line of an evaluation's overall metrics, in percent; scores: of metrics.json."""
+    extra = ''.join(
+        f'  {name.replace("_", " ")} {100 * scores[name]:.2f}'
+        for name in ('challenge_score', 'category_mIoU')
+        if name in scores
+    )
     return (
         f'mIoU {100 * scores["mIoU"]:.2f}  mAcc {100 * scores["mAcc"]:.2f}'
         f'  allAcc {100 * scores["allAcc"]:.2f}{extra}  loss {scores["loss"]:.4f}'
         f'  ({scores["images"]} images, {duration(scores["seconds"])})'
     )
-
-
-def on_terminal() -> bool:
-    return sys.stderr.isatty() and jax.process_index() == 0
