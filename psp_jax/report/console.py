@@ -1,7 +1,6 @@
 """Lines that a run prints on the terminal."""
 
 import sys
-import time
 from typing import Any
 
 import jax
@@ -16,27 +15,6 @@ def say(text: str) -> None:
 def on_terminal() -> bool:
     """Whether to show progress bars: in process 0, if stderr is a terminal."""
     return sys.stderr.isatty() and jax.process_index() == 0
-
-
-class Speed:
-    """Measures seconds a step and the share of them spent waiting for data.
-
-    The training loop adds to `steps` and `waited` (seconds).
-    """
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Starts a new interval, for instance after an evaluation, which must not count."""
-        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
-
-    def read(self) -> tuple[float, float]:
-        """Returns (seconds a step, share of waiting) of the interval and starts a new one."""
-        seconds = time.perf_counter() - self.start
-        result = seconds / max(self.steps, 1), self.waited / max(seconds, 1e-9)
-        self.reset()
-        return result
 
 
 def duration(seconds: float) -> str:
