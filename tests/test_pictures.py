@@ -13,8 +13,8 @@ from psp_jax.report.pictures import Panel
 SPACE = label_space('camvid')
 
 
-def example(height, width, seed=0):
-    rng = np.random.default_rng(seed)
+def example(height, width):
+    rng = np.random.default_rng(height)
     image = rng.integers(0, 256, (height, width, 3), np.uint8)
     label, prediction = rng.integers(0, 11, (2, height, width), np.uint8)
     label[0] = 255
@@ -22,7 +22,7 @@ def example(height, width, seed=0):
 
 
 def test_panels_show_image_label_and_prediction_side_by_side():
-    panels = [example(240, 100), example(200, 90, seed=1)]
+    panels = [example(240, 100), example(200, 90)]
     drawn = pictures.draw_panels(panels, SPACE)
     colors = np.vstack([SPACE.colors, np.tile(UNLABELLED, (245, 1))])
     for row, panel in enumerate(panels):
@@ -31,10 +31,6 @@ def test_panels_show_image_label_and_prediction_side_by_side():
         for column, tile in enumerate(tiles):
             top, left = 24 + row * 244, column * 104  # below the header, with gaps of 4 pixels
             np.testing.assert_array_equal(drawn[top : top + height, left : left + width], tile)
-
-
-def test_small_panels_are_enlarged():
-    assert pictures.draw_panels([example(24, 32)], SPACE).shape[1] == 3 * 36 * 10
 
 
 def test_errors_are_red_ignored_pixels_dark_and_the_rest_grey():
@@ -59,15 +55,8 @@ def test_an_overlay_mixes_image_and_class_colours_and_has_a_legend():
     assert (drawn[60 + 12, 12] == SPACE.colors[3]).all()
 
 
-@pytest.mark.parametrize('shape', [(10, 20), (10, 20000)])
-def test_overlays_have_room_for_a_legend_and_end_at_a_size(shape):
-    width = pictures.draw_overlay(*example(*shape)[::2], SPACE).shape[1]
-    assert width == (160 if shape[1] == 20 else pictures.OVERLAY_SIDE)
-
-
 def test_the_confusion_image_has_the_square_root_of_shares_as_opacity():
-    rng = np.random.default_rng(0)
-    shares = rng.random((30, 30)) * (rng.random((30, 30)) < 0.5)
+    shares = np.random.default_rng(0).random((30, 30))
     pixels = np.asarray(pictures.draw_confusion(shares), float)
     np.testing.assert_allclose((pixels[..., 3] / 255) ** 2, shares, atol=0.004)
     blue = pixels[..., 2] > pixels[..., 0]

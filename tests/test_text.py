@@ -69,12 +69,6 @@ def test_the_table_has_the_figures_of_both_programs():
     ]
 
 
-def test_the_verdict_of_programs_that_fit():
-    assert text.verdict({'fits': True, 'memory': 4 * GIB}) == (
-        'fits: every program needs less than 4.00 GiB a device'
-    )
-
-
 @pytest.mark.parametrize(
     'data, line',
     [
