@@ -159,7 +159,7 @@ def examine_training(run: Run) -> dict[str, Any]:
     beside = {'next_batch': arguments['batch']}
     traced = train.compile_step(run.setup, grid).trace(state, batch)
     found = compile_program(traced, run.machine, arguments, beside)
-    each = found['flops'] / grid.size
+    each = found['flops'] / grid.size  # of a device
     return {
         **found,
         'flops_per_image': round(found['flops'] / config.batch_size),
@@ -204,9 +204,9 @@ def examine_evaluation(run: Run) -> dict[str, Any]:
     variables = mesh.on_devices(run.setup.variables, local)
     size, reason = image_size(config)
     views = protocols.views(size, config)
-    inputs = [protocols.window_shape(view, config) for view in views]
+    shapes = [protocols.window_shape(view, config) for view in views]
     windows = [len(view.rows.starts) * len(view.columns.starts) for view in views]
-    calls = {s: trace_network(run, local, variables, s, sum(windows)) for s in set(inputs)}
+    calls = {s: trace_network(run, local, variables, s, sum(windows)) for s in set(shapes)}
     call = calls[max(calls, key=math.prod)]
     per_device = call.count // local.size
     arguments = {
@@ -221,11 +221,11 @@ def examine_evaluation(run: Run) -> dict[str, Any]:
     }
     found = compile_program(call.traced, machine, arguments, beside)
     flops_of = {s: count_flops(c.traced.jaxpr.jaxpr) / c.count for s, c in calls.items()}
-    flops = sum(n * flops_of[shape] for n, shape in zip(windows, inputs, strict=True))
+    flops = sum(n * flops_of[shape] for n, shape in zip(windows, shapes, strict=True))
     images = found['flops'] / flops  # whose work one call does
     if config.eval.protocol in protocols.SLIDING:  # the last call of an image may be half empty
         images = local.size / -(-sum(windows) // per_device)
-    each = found['flops'] / local.size
+    each = found['flops'] / local.size  # of a device
     return {
         'protocol': config.eval.protocol,
         'image': list(size),
@@ -244,11 +244,10 @@ def image_size(config: ConfigDict) -> tuple[Size, str]:
     if space.image_size:
         return space.image_size, "the size of the data set's images"
     side = config.eval.base_size
-    if side and config.eval.protocol in ('mmseg', 'mmseg_slide'):
-        size = side, protocols.mmseg_long_side(side)
-        return size, 'the longest image that the protocol makes at eval.base_size'
     if side:
-        return (side, side), 'a square of eval.base_size, which has the largest input'
+        mmseg = config.eval.protocol in ('mmseg', 'mmseg_slide')
+        size = side, protocols.mmseg_long_side(side) if mmseg else side
+        return size, 'the largest image that the protocol makes with eval.base_size'
     return crop_size(config), 'the training crop, since eval.base_size is 0'
 
 
