@@ -1,12 +1,11 @@
-"""Fills the tables of docs/scale.md: what each recipe needs on machines that are not there.
+"""Fills the tables of docs/scale.md: what each recipe needs on machines that you may not have.
 
     python -m benchmarks.scale [--only PATTERN] [--tables] [--docs docs/scale.md]
 
-Each row is one `--mode dry_run --topology ...` in a process of its own, whose JSON stays in the
-folder --results: a row that is there is not made again, so this can be stopped and started. A row
-with a TPU takes minutes. Then, or at once with --tables, it prints the tables; rows that are not
-there say so. --only takes the rows whose name has PATTERN in it. --docs puts the tables into a
-Markdown file, below the headings that it has for them. Needs requirements-topology.txt.
+Each row is one `--mode dry_run --topology ...` in a process of its own, which takes minutes for a
+TPU. Its JSON stays in the folder --results, and rows that have one are not run again, so you can
+stop and restart. Then the tables are printed; rows without results say `not run`. Needs
+requirements-topology.txt.
 """
 
 import argparse
@@ -23,7 +22,7 @@ BF16 = '--config.dtype=bfloat16'
 
 
 class Row(NamedTuple):
-    """A dry run: of a data set's recipe at a depth, for a topology."""
+    """The dry run of a data set's recipe at a depth, for a topology."""
 
     data: str
     depth: int
@@ -42,7 +41,7 @@ DATA = ('ade20k', 'voc2012', 'cityscapes')
 ADE = tuple(Row('ade20k', 50, t) for t in ('v5e:2x4', 'v4:2x2x2', 'v5p:2x2x2', 'v6e:2x4', 'h100:8'))
 PAIRS = tuple((data, depth) for depth in (50, 101) for data in DATA)
 OTHERS = tuple(Row(*pair, t) for pair in PAIRS[1:] for t in ('v5e:2x4', 'h100:8'))
-# One card takes the recipes as they stand, in float32. A v5e slice has 1, 4, 8, ... chips.
+# One GPU runs the recipes unchanged, in float32. A v5e slice has 1, 4, 8, ... chips.
 SMALLEST = (
     *(Row(*pair, 'h100:1', ()) for pair in PAIRS),
     Row('cityscapes', 101, 'h100:1'),
@@ -50,14 +49,14 @@ SMALLEST = (
     Row('custom', 50, 'h100:1', ()),
     *(Row(data, 50, 'v5e:1x1') for data in DATA),
     Row('cityscapes', 50, 'v5e:2x2'),
-    Row('cityscapes', 50, 'v5e:4x4', (BF16, SPACE2)),  # half an image a chip: more would not help
+    Row('cityscapes', 50, 'v5e:4x4', (BF16, SPACE2)),  # half an image a chip
 )
 TABLES = {
     'ADE20K, PSPNet-50': ADE,
     'The other data sets and depths': OTHERS,
     'The smallest slices': SMALLEST,
 }
-# The order in which rows are made: quick ones first, then the smallest slices.
+# The order of the runs: the quick ones (GPUs) first, then the smallest slices.
 ORDER = sorted(
     (*ADE, *SMALLEST, *OTHERS),
     key=lambda row: (row.topology.startswith('v'), row in OTHERS, not row.overrides),
@@ -69,8 +68,8 @@ COLUMNS = (
 )
 
 
-def make(row: Row, path: Path) -> bool:
-    """Runs the command of a row, whose output goes to this one's; returns whether it went well."""
+def run_row(row: Row, path: Path) -> bool:
+    """Runs the command of a row, with its JSON in `path`; returns whether it succeeded."""
     words = ['--mode', 'dry_run', '--config', f'configs/{row.data}.py:depth={row.depth}']
     words += ['--topology', row.topology, '--output', str(path), *row.overrides]
     print(f'\n{row.name}: python -m psp_jax.main {" ".join(words)}', flush=True)
@@ -80,7 +79,7 @@ def make(row: Row, path: Path) -> bool:
 
 
 def cells(row: Row, found: dict[str, Any] | None) -> list[str]:
-    """The cells of a row; of one that was not made, that."""
+    """The cells of a row; found: its JSON, or None if it was not run."""
     if found is None:
         start = [row.data, str(row.depth), f'`{row.topology}`', 'not run']
         return start + [''] * (len(COLUMNS) - len(start))
@@ -114,7 +113,7 @@ def cells(row: Row, found: dict[str, Any] | None) -> list[str]:
 
 
 def table(rows: tuple[Row, ...], results: Path) -> str:
-    """A Markdown table of what the folder has of the rows."""
+    """The Markdown table of some rows; results: the folder of their JSON."""
     lines = [f'| {" | ".join(COLUMNS)} |', '|' + '---|' * len(COLUMNS)]
     for row in rows:
         path = results / f'{row.name}.json'
@@ -124,7 +123,7 @@ def table(rows: tuple[Row, ...], results: Path) -> str:
 
 
 def with_tables(text: str, results: Path) -> str:
-    """Markdown with each table below its heading as it is now."""
+    """The Markdown `text` with each table replaced by the current one."""
     for title, rows in TABLES.items():
         text = with_table(text, f'### {title}', table(rows, results))
     return text
@@ -133,23 +132,23 @@ def with_tables(text: str, results: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--results', type=Path, default=Path('benchmarks/results/scale'))
-    parser.add_argument('--only', default='', help='rows whose name has this in it')
-    parser.add_argument('--tables', action='store_true', help='make no rows')
-    parser.add_argument('--docs', type=Path, help='a Markdown file that the tables go into')
+    parser.add_argument('--only', default='', help='run only rows whose name contains this')
+    parser.add_argument('--tables', action='store_true', help='run nothing, only print the tables')
+    parser.add_argument('--docs', type=Path, help='a Markdown file to put the tables into')
     flags = parser.parse_args()
     flags.results.mkdir(parents=True, exist_ok=True)
     failed = []
     for row in ORDER:
         path = flags.results / f'{row.name}.json'
         wanted = flags.only in row.name and not path.exists() and not flags.tables
-        if wanted and not make(row, path):
+        if wanted and not run_row(row, path):
             failed.append(row.name)
     for title, rows in TABLES.items():
         print(f'\n### {title}\n\n{table(rows, flags.results)}')
     if flags.docs:
         flags.docs.write_text(with_tables(flags.docs.read_text(), flags.results))
     if failed:
-        sys.exit(f'these rows failed: {", ".join(failed)}')
+        sys.exit(f'rows that failed: {", ".join(failed)}')
 
 
 if __name__ == '__main__':

@@ -25,18 +25,11 @@ from psp_jax.inference.programs import TILE, Example, make_batches, make_program
 from psp_jax.mesh import local_mesh, put_batch, replicated
 from psp_jax.model import pspnet
 from psp_jax.model.geometry import Size
-from psp_jax.predict import Predictor, labels_png
+from psp_jax.predict import Predictor
 from psp_jax.report import console, html, pictures
+from psp_jax.report.pictures import Panel
 from psp_jax.runtime import checkpoint, preemption
 from psp_jax.state import Setup, setup
-
-
-class Panel(NamedTuple):
-    """One image as a person looks at it: uint8 [H, W, 3], and [H, W] of class ids."""
-
-    image: np.ndarray
-    label: np.ndarray
-    prediction: np.ndarray
 
 
 @dataclass
@@ -263,7 +256,7 @@ def write_html(
     }
 
     shown = [
-        html.Shown(title, source.names(number)[0], result.each[number], *panel)
+        html.Shown(title, source.names(number)[0], result.each[number], panel)
         for title, found in panels.items()
         for number, panel in found.items()
     ]
@@ -308,7 +301,7 @@ def prediction_writer(
         tf.io.gfile.makedirs(os.path.dirname(path))
         stored = server_ids(prediction, space)
         with tf.io.gfile.GFile(path, 'wb') as file:
-            file.write(labels_png(stored, None if space.server_ids else space))
+            file.write(pictures.labels_png(stored, None if space.server_ids else space))
 
     return write
 

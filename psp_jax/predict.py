@@ -6,12 +6,10 @@ labels = network(image)  # uint8 [H, W, 3] of any size -> uint8 [H, W]
 """
 
 import glob
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
-import cv2
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -22,7 +20,7 @@ from psp_jax.command_line import whole_file
 from psp_jax.config import flatten
 from psp_jax.config_check import resolve
 from psp_jax.data.decode import read_image
-from psp_jax.data.labels import LabelSpace, label_space, palette
+from psp_jax.data.labels import LabelSpace, label_space
 from psp_jax.data.pipeline import read_ahead
 from psp_jax.data.sources import PICTURES
 from psp_jax.errors import UserError
@@ -48,7 +46,6 @@ K = TypeVar('K')
 PIECE = 2**22  # pixels; larger images are not shown in one piece
 ENDINGS = ('.png', '_overlay.jpg', '.npy')
 IN_WINDOWS = {'whole': 'semseg', 'mmseg': 'mmseg_slide'}  # by the same side of the image
-OVERLAY = 8192  # pixels; overlays of larger pictures are reduced to this side
 
 
 class Predictor:
@@ -288,39 +285,12 @@ def predict_images(
             if probabilities:
                 os.replace(place(path, '.npy') + '.unfinished', place(path, '.npy'))
             with whole_file(place(path, '.png')) as part, open(part, 'wb') as file:
-                file.write(labels_png(ids, predictor.space))
-            overlay = Image.fromarray(draw_overlay(image, ids, predictor.space))
+                file.write(pictures.labels_png(ids, predictor.space))
+            overlay = Image.fromarray(pictures.draw_overlay(image, ids, predictor.space))
             with whole_file(place(path, '_overlay.jpg')) as part:
                 overlay.save(part, 'JPEG', quality=92)
             bar.update()
     return bad
-
-
-def labels_png(ids: np.ndarray, space: LabelSpace | None) -> bytes:
-    """Ids uint8 [H, W] as a PNG of indices, with the classes' colours as palette, or grey."""
-    picture = Image.fromarray(ids)
-    if space:
-        picture.putpalette(palette(space).tobytes())
-    encoded = io.BytesIO()
-    picture.save(encoded, 'PNG')
-    return encoded.getvalue()
-
-
-def draw_overlay(image: np.ndarray, ids: np.ndarray, space: LabelSpace) -> np.ndarray:
-    """The picture under half-transparent class colours, with a legend of its classes below.
-
-    At most OVERLAY pixels a side: JPEG ends at 65,500.
-    """
-    scale = min(1, OVERLAY / max(ids.shape))
-    if scale < 1:
-        size = max(round(ids.shape[1] * scale), 1), max(round(ids.shape[0] * scale), 1)
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        ids = cv2.resize(ids, size, interpolation=cv2.INTER_NEAREST)
-    blended = cv2.addWeighted(image, 0.5, space.colors[ids], 0.5, 0)
-    present = np.unique(ids).tolist()
-    width = max(blended.shape[1], 160)
-    blended = np.pad(blended, ((0, 0), (0, width - blended.shape[1]), (0, 0)), constant_values=255)
-    return np.concatenate([blended, pictures.legend(present, space, width)])
 
 
 def predict_checkpoint(

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from psp_jax import main
-from psp_jax.config import load_config
+from psp_jax.config_check import load_config
 from psp_jax.data.convert import __main__ as convert
 from psp_jax.data.labels import label_space, label_table, palette
 from psp_jax.data.sources import make_source

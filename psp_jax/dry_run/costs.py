@@ -1,34 +1,37 @@
-"""What a program costs, read from the program itself: FLOPs, communication, cycles.
-
-FLOPs are counted before the compiler sees the program, so they are the same for every machine. The
-other two are read from the text of a compiled program ("HLO"), and belong to one device.
-"""
+"""What a traced program costs: FLOPs, memory, communication and the compiler's estimate of time."""
 
 import math
 import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
 
+import jax
 import numpy as np
 from jax.extend import core
+
+from psp_jax.dry_run import hlo
+from psp_jax.dry_run.topology import GIB, Machine
+
+UNITS = {'K': 2**10, 'M': 2**20, 'G': GIB, 'T': 2**40}
 
 # ---- FLOPs
 
 
-def flops(jaxpr: core.Jaxpr) -> int:
-    """FLOPs of the convolutions and matrix products of a traced program, two a multiply-add.
+def count_flops(jaxpr: core.Jaxpr) -> int:
+    """FLOPs of the convolutions and matrix products of a traced program; a multiply-add is two.
 
-    Products with padding are not counted, neither by zeros that a strided convolution's gradient
-    puts between the cells; results that nothing uses are left out. A loop counts as often as it
-    runs, a program that each device runs for itself (shard_map) once a device, and of a choice
-    between programs the last branch, which is `lax.platform_dependent`'s default: that of
-    accelerators.
+    The count is of all devices, and the same for every machine. These are not counted: products
+    with padding, products with the zeros between the cells in a strided convolution's gradient,
+    and results that nothing uses. The body of a loop counts once a round, the body of a shard_map
+    once a device. Of the branches of a choice the last one counts: for `lax.platform_dependent`
+    that is the default, which accelerators use.
     """
     used = {v for v in jaxpr.outvars if isinstance(v, core.Var)}
     total = 0
     for eqn in reversed(jaxpr.eqns):
         if not (used.intersection(eqn.outvars) or eqn.effects):
-            continue  # such as a forward pass of which only the backward pass is wanted
+            continue  # such as a forward pass if only the backward pass is wanted
         used |= {v for v in eqn.invars if isinstance(v, core.Var)}
         total += _equation_flops(eqn)
     return total
@@ -40,11 +43,11 @@ def _equation_flops(eqn: core.JaxprEqn) -> int:
         return _convolution_flops(eqn)
     if name == 'dot_general':
         (contracted, _), _ = params['dimension_numbers']
-        shared = math.prod(_shape(eqn.invars[0])[axis] for axis in contracted)
-        return 2 * math.prod(_shape(eqn.outvars[0])) * shared
+        summed = math.prod(_shape(eqn.invars[0])[axis] for axis in contracted)
+        return 2 * math.prod(_shape(eqn.outvars[0])) * summed
     if name == 'cond':
-        return flops(params['branches'][-1].jaxpr)
-    inner = sum(flops(jaxpr) for jaxpr in _inner_jaxprs(params.values()))
+        return count_flops(params['branches'][-1].jaxpr)
+    inner = sum(count_flops(jaxpr) for jaxpr in _inner_jaxprs(params.values()))
     if name == 'scan':
         return params['length'] * inner
     return params['mesh'].size * inner if name == 'shard_map' else inner
@@ -54,7 +57,7 @@ def _shape(value: Any) -> tuple[int, ...]:
     return value.aval.shape
 
 
-def _inner_jaxprs(values: Any) -> Iterator[core.Jaxpr]:
+def _inner_jaxprs(values: Iterable[Any]) -> Iterator[core.Jaxpr]:
     for value in values:
         if isinstance(value, core.ClosedJaxpr):
             yield value.jaxpr
@@ -66,7 +69,7 @@ def _convolution_flops(eqn: core.JaxprEqn) -> int:
     image, kernel = map(_shape, eqn.invars)
     params = eqn.params
     numbers = params['dimension_numbers']
-    products = 1
+    products = 1  # of one input channel with one output channel
     for axis, (i, k, o) in enumerate(
         zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:], strict=True)
     ):
@@ -80,174 +83,91 @@ def _convolution_flops(eqn: core.JaxprEqn) -> int:
     return 2 * batch * kernel[numbers.rhs_spec[0]] * kernel[numbers.rhs_spec[1]] * products
 
 
-# ---- The text of a compiled program
-
-_BYTES = {
-    **{'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'f16': 2, 'bf16': 2, 's32': 4, 'u32': 4},
-    **{'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8, 'c128': 16},
-}
-COLLECTIVES = (
-    *('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all'),
-    *('collective-permute', 'collective-broadcast'),
-)
+# ---- Memory and time
 
 
-# `calls=%name`, `branch_computations={%name, %name}`; a condition's cost is not worth a line
-_CALLED = r'(?:body|calls|to_apply|\w+_computations?)=\{?([^,}]+(?:, %[^,}]+)*)'
+def bytes_on_device(tree: Any) -> int:
+    """Bytes of a tree of arrays on one device, by their shardings, without padding.
 
-
-class Instruction(NamedTuple):
-    """`%name = shape opcode(operands), attributes`; `arguments` is what stands in the brackets."""
-
-    name: str
-    shape: str
-    opcode: str
-    arguments: str
-    attributes: str
-
-    @property
-    def operands(self) -> list[str]:
-        return re.findall(r'%([\w.\-]+)', self.arguments)
-
-
-class Collective(NamedTuple):
-    """How often a step has a kind of communication, and the bytes of a device in it."""
-
-    calls: int
-    bytes: int
-
-
-class Cost(NamedTuple):
-    """One run of a compiled program on one device."""
-
-    collectives: dict[str, Collective]
-    cycles: int | None  # the compiler's estimate; None where it makes none
-    unknown_loops: int  # of unknown length, counted as if they ran once
-
-
-def cost(text: str) -> Cost:
-    """Communication and cycles of a compiled program, `compiled.as_text()`.
-
-    Bodies of loops count as often as they run, of a choice every branch. A collective's bytes are
-    those that go in or those that come out of a device, whichever are more.
+    tree: of ShapeDtypeStructs with shardings.
     """
-    computations = _computations(text)
-    runs, unknown = _runs(computations)
-    found: dict[str, Collective] = {}
-    cycles = 0
-    for name, instructions in computations.items():
-        for instruction in instructions.values():
-            estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-            if estimate:
-                cycles += runs[name] * int(estimate[1])
-            kind = instruction.opcode.removesuffix('-start')
-            if kind in COLLECTIVES:
-                old = found.get(kind, Collective(0, 0))
-                size = runs[name] * _collective_bytes(instruction, instructions)
-                found[kind] = Collective(old.calls + runs[name], old.bytes + size)
-    return Cost(dict(sorted(found.items())), cycles or None, unknown)
-
-
-def _computations(text: str) -> dict[str, dict[str, Instruction]]:
-    """The instructions of each computation by name; callers stand behind those that they call."""
-    found: dict[str, dict[str, Instruction]] = {}
-    current: dict[str, Instruction] = {}
-    for line in text.splitlines():
-        header = re.match(r'(?:ENTRY )?%?([\w.\-]+) .*\{$', line)
-        if header and ' = ' not in line.partition('->')[0]:
-            current = found.setdefault(header[1], {})
-            continue
-        match = re.match(r'\s+(?:ROOT )?%?([\w.\-]+) = (.*)', line)
-        if match:
-            current[match[1]] = _instruction(match[1], match[2])
-    return found
-
-
-def _instruction(name: str, text: str) -> Instruction:
-    shape = text[: _closing(text) + 1] if text.startswith('(') else text.partition(' ')[0]
-    opcode, _, rest = text[len(shape) :].strip().partition('(')
-    end = _closing(f'({rest}')
-    return Instruction(name, shape, opcode, rest[: end - 1], rest[end:])
-
-
-def _closing(text: str) -> int:
-    """Where the bracket closes that `text` begins with."""
-    depth = 0
-    for place, letter in enumerate(text):
-        depth += (letter == '(') - (letter == ')')
-        if depth == 0:
-            return place
-    return len(text)
-
-
-def _runs(computations: dict[str, dict[str, Instruction]]) -> tuple[dict[str, int], int]:
-    """How often each computation runs in one run of the program; loops of unknown length."""
-    runs = dict.fromkeys(computations, 0)
-    unknown = 0
-    if computations:
-        runs[list(computations)[-1]] = 1  # the entry comes last
-    for caller in reversed(list(computations)):
-        instructions = computations[caller]
-        for instruction in instructions.values():
-            times: int | None = 1
-            if instruction.opcode == 'while':
-                times = _trip_count(instruction, instructions, computations)
-                unknown += times is None
-            for called in re.findall(_CALLED, instruction.attributes):
-                for name in called.replace('%', '').split(', '):
-                    if name in runs:
-                        runs[name] += runs[caller] * (1 if times is None else times)
-    return runs, unknown
-
-
-def _trip_count(
-    loop: Instruction,
-    caller: dict[str, Instruction],
-    computations: dict[str, dict[str, Instruction]],
-) -> int | None:
-    """As the compiler says it, or for a counter that is compared with a constant and rises by 1."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-    if known:
-        return int(known[1])
-    named = re.search(r'condition=%?([\w.\-]+)', loop.attributes)
-    condition = computations.get(named[1] if named else '', {})
-    compare = next((i for i in condition.values() if i.opcode == 'compare'), None)
-    if compare is None or 'direction=LT' not in compare.attributes:
-        return None
-    initial = caller.get(loop.operands[0])
-    bounds: list[int] = []
-    for operand in compare.operands:
-        value = _integer(operand, condition)
-        place = re.search(r'index=(\d+)', condition[operand].attributes)
-        if value is None and place and initial is not None and initial.opcode == 'tuple':
-            value = _integer(initial.operands[int(place[1])], caller)
-        if value is None:
-            return None
-        bounds.append(value)
-    return max(bounds[1] - bounds[0], 0)
-
-
-def _integer(name: str, instructions: dict[str, Instruction]) -> int | None:
-    """The value of an integer constant, perhaps copied; None of anything else."""
-    instruction = instructions.get(name)
-    while instruction and instruction.opcode in ('copy', 'bitcast', 'reshape'):
-        instruction = instructions.get(instruction.operands[0])
-    constant = instruction and instruction.opcode == 'constant'
-    found = re.fullmatch(r'-?\d+', instruction.arguments) if instruction and constant else None
-    return int(found[0]) if found else None
-
-
-def _collective_bytes(instruction: Instruction, instructions: dict[str, Instruction]) -> int:
-    given = sum(_shape_bytes(instructions[o].shape) for o in instruction.operands)
-    result = _shape_bytes(instruction.shape)
-    starts = instruction.opcode.endswith('-start')
-    return max(given, result - given if starts else result)  # a start's result has both
-
-
-def _shape_bytes(shape: str) -> int:
-    """Bytes of 'f32[2,3]{1,0}', or of a tuple of such; those of fewer than 8 bits take a byte."""
-    arrays = re.findall(r'(\w+)\[([\d,]*)\]', shape)
     return sum(
-        _BYTES.get(kind, 1) * math.prod(int(n) for n in sizes.split(',') if n)
-        for kind, sizes in arrays
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
+
+
+def compile_program(
+    traced: jax.stages.Traced, machine: Machine, arguments: dict[str, int], beside: dict[str, int]
+) -> dict[str, Any]:
+    """Compiles a traced program and returns what it needs.
+
+    arguments: bytes of its arguments on a device, by name; beside: bytes of what else lies on the
+    device at that time. Returns `flops` (of all devices), `bytes` (of a device, by name, and their
+    `total`), `fits`, `collectives`, `cycles`, `unknown_loops` and `compile_seconds`. If the
+    compiler itself finds the program too large, `total` is what its error says (or None), and
+    `message` is the first line of that error.
+    """
+    result: dict[str, Any] = {'flops': count_flops(traced.jaxpr.jaxpr)}
+    start = time.perf_counter()
+    try:
+        compiled = traced.lower().compile(compiler_options=machine.options)
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        return result | {
+            'compile_seconds': time.perf_counter() - start,
+            'bytes': {**arguments, **beside, 'total': needed_bytes(str(error))},
+            'fits': False,
+            'message': str(error).partition('\n')[0],
+            'collectives': {},
+            'cycles': None,
+            'unknown_loops': 0,
+        }
+    memory = compiled.memory_analysis()
+    sizes = {
+        **arguments,
+        # TPUs pad arrays to tiles. Arguments that the program does not use are not counted by it.
+        'padding': max(memory.argument_size_in_bytes - sum(arguments.values()), 0),
+        'activations': memory.temp_size_in_bytes,
+        'outputs': memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        'program': memory.generated_code_size_in_bytes,
+        **beside,
+    }
+    total = sum(sizes.values())
+    cost = hlo.read_cost(compiled.as_text())
+    return result | {
+        'compile_seconds': time.perf_counter() - start,
+        'bytes': {**sizes, 'total': total},
+        'fits': total <= machine.memory,
+        'collectives': {
+            kind: {'count': found.calls, 'bytes': found.bytes}
+            for kind, found in cost.collectives.items()
+        },
+        'cycles': cost.cycles,
+        'unknown_loops': cost.unknown_loops,
+    }
+
+
+def needed_bytes(message: str) -> int | None:
+    """The bytes that the compiler's out-of-memory error says a program needs."""
+    found = re.search(r'Used ([\d.]+)([KMGT])|required [^(]*\(([\d.]+)([KMGT])\)', message)
+    if not found:
+        return None
+    number, unit = [group for group in found.groups() if group]
+    return round(float(number) * UNITS[unit])
+
+
+def estimate(cycles: int | None, flops: float, images: float, machine: Machine) -> dict[str, Any]:
+    """{'estimate': {seconds, images_per_second, share_of_peak}} of one call of a program.
+
+    flops: of one device; images: of all devices. Returns {} if the compiler estimates no cycles.
+    """
+    if not (cycles and machine.clock and machine.peak):
+        return {}
+    seconds = cycles / machine.clock
+    found = {
+        'seconds': seconds,
+        'images_per_second': images / seconds,
+        'share_of_peak': flops / seconds / machine.peak,
+    }
+    return {'estimate': found}

@@ -1,7 +1,7 @@
-"""Machines that are not there: devices that programs can be compiled for, by name.
+"""Machines that a program can be compiled for: this one, or TPUs and GPUs that it does not have.
 
-The compilers come with optional packages: libtpu for TPUs, jax's CUDA plugin for NVIDIA's cards
-(requirements-topology.txt).
+The compilers for other machines are in optional packages (requirements-topology.txt): libtpu for
+TPUs, JAX's CUDA plugin for NVIDIA's GPUs.
 """
 
 import contextlib
@@ -9,8 +9,9 @@ import importlib.util
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -20,27 +21,29 @@ from psp_jax.errors import UserError
 GIB = 2**30
 
 
-class Machine(NamedTuple):
-    """Devices to compile for, and what is known of one of them."""
+@dataclass(frozen=True)
+class Machine:
+    """Devices to compile for, and what is known about one of them."""
 
     devices: Sequence[jax.Device]
-    memory: float  # bytes of a device that a program can have
-    peak: float | None = None  # FLOP/s in bfloat16
+    memory: float  # bytes of a device that programs can use
+    peak: float | None = None  # FLOP/s of a device in bfloat16
     clock: float | None = None  # Hz
     options: dict[str, Any] | None = None  # for the compiler
     remark: str = ''  # what the figures leave out
 
 
-class Tpu(NamedTuple):
-    peak: float  # FLOP/s of a chip in bfloat16, as Google Cloud publishes it
-    per_cycle: int  # FLOPs: matrix units x size^2 x 2, so the clock is peak / per_cycle
-    memory: float  # bytes that programs can have, as the compiler says where they do not suffice
+@dataclass(frozen=True)
+class Tpu:
+    peak: float  # FLOP/s of a chip in bfloat16
+    per_cycle: int  # FLOPs: matrix units x size^2 x 2; the clock is peak / per_cycle
+    memory: float  # bytes that programs can use, as the compiler's out-of-memory error states them
     cores: int
 
 
 # Peaks: Google Cloud's pages on each generation. Matrix units: those pages and JAX's own table
-# (jax/_src/pallas/mosaic/tpu_info.py); of v6e both say two, with which the compiler's cycles for a
-# large matrix product would be 1.4 times faster than the peak, so here they are four.
+# (jax/_src/pallas/mosaic/tpu_info.py). Both say that v6e has two units, but then the compiler's
+# cycles for a large matrix product would be 1.4 times faster than the peak; so v6e has four here.
 TPUS = {
     'v4': Tpu(275e12, 8 * 128**2 * 2, 30.75 * GIB, 2),
     'v5e': Tpu(197e12, 4 * 128**2 * 2, 15.75 * GIB, 1),
@@ -49,12 +52,13 @@ TPUS = {
 }
 
 
-class Card(NamedTuple):
+@dataclass(frozen=True)
+class Gpu:
     name: str
     capability: int
     cores: int  # streaming multiprocessors
-    units: int  # of float32 in each
-    shared_memory: int  # bytes in each
+    units: int  # float32 units of each core
+    shared_memory: int  # bytes of each core
     bandwidth: int  # bytes a second
     cache: int  # bytes, second level
     clock: float  # GHz
@@ -63,22 +67,20 @@ class Card(NamedTuple):
 
 # From the specifications that the compiler itself is tested with: xla/backends/gpu/target_config/
 # specs/{a100_sxm_40,a100_sxm_80,h100_sxm,h200,b200}.txtpb of github.com/openxla/xla.
-CARDS = {
-    'a100-40gb': Card(
+GPUS = {
+    'a100-40gb': Gpu(
         'NVIDIA A100-SXM4-40GB', 8, 108, 64, 167936, 1555200000000, 41943040, 1.41, 42331013120
     ),
-    'a100': Card(
+    'a100': Gpu(
         'NVIDIA A100-SXM4-80GB', 8, 108, 64, 167936, 2039040000000, 41943040, 1.41, 85100068864
     ),
-    'h100': Card(
+    'h100': Gpu(
         'NVIDIA H100 80GB HBM3', 9, 132, 128, 233472, 3352320000000, 52428800, 1.98, 84942979072
     ),
-    'h200': Card(
+    'h200': Gpu(
         'NVIDIA H200 141GB HBM3e', 9, 132, 128, 233472, 4800000000000, 52428800, 1.98, 151397597184
     ),
-    'b200': Card(
-        'NVIDIA B200', 10, 148, 128, 233472, 7672320000000, 132644864, 1.965, 191514411008
-    ),
+    'b200': Gpu('NVIDIA B200', 10, 148, 128, 233472, 7672320000000, 132644864, 1.965, 191514411008),
 }
 _TARGET = """
 gpu_device_info {{
@@ -98,24 +100,24 @@ device_description_str: "{name}"
 """
 
 
-def machine(name: str | None) -> Machine:
-    """The devices of a topology such as 'v5e:2x4' or 'h100:8'; None = those of this machine.
+def find_machine(name: str | None) -> Machine:
+    """The machine with a name such as 'v5e:2x4' or 'h100:8'; None = this machine.
 
-    A topology has to be the first thing that uses JAX, which then sees CPUs only. Raises UserError
-    for a name that is not known, a shape that does not exist and a compiler that is not installed.
+    With a name, call it before anything else uses JAX, which then sees CPUs only. Raises UserError
+    if the name is unknown, no slice has the shape, or the compiler is not installed.
     """
     if name is None:
         return _this_machine()
     kind, _, shape = name.lower().partition(':')
-    if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', shape) or kind not in {**TPUS, **CARDS}:
+    if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', shape) or kind not in {**TPUS, **GPUS}:
         raise UserError(
-            f'--topology={name} is not known; there are {", ".join(TPUS)} by the shape of their '
-            f'slices (v5e:2x4, v4:2x2x4) and {", ".join(CARDS)} by cards (h100:8) or hosts x cards '
-            '(h100:2x8)'
+            f'--topology={name} is unknown: write a TPU ({", ".join(TPUS)}) with the shape of its '
+            f'slice (v5e:2x4, v4:2x2x4), or a GPU ({", ".join(GPUS)}) with the number of GPUs '
+            '(h100:8) or hosts x GPUs (h100:2x8)'
         )
     sides = [int(side) for side in shape.split('x')]
-    jax.config.update('jax_platforms', 'cpu')  # nothing is run, and no accelerator here is touched
-    return _tpus(name, kind, sides) if kind in TPUS else _cards(name, kind, sides)
+    jax.config.update('jax_platforms', 'cpu')  # nothing runs: leave accelerators of this host alone
+    return _tpus(name, kind, sides) if kind in TPUS else _gpus(name, kind, sides)
 
 
 def _this_machine() -> Machine:
@@ -124,7 +126,7 @@ def _this_machine() -> Machine:
     if stats and 'bytes_limit' in stats:
         return Machine(devices, stats['bytes_limit'])
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    with contextlib.suppress(OSError, ValueError):  # a container's, if it has one
+    with contextlib.suppress(OSError, ValueError):  # the limit of a container, if there is one
         memory = min(memory, int(Path('/sys/fs/cgroup/memory.max').read_text()))
     remark = f"memory: this machine's, divided by {len(devices)} devices" if devices[1:] else ''
     return Machine(devices, memory / len(devices), remark=remark)
@@ -133,7 +135,7 @@ def _this_machine() -> Machine:
 def _tpus(name: str, kind: str, sides: list[int]) -> Machine:
     if importlib.util.find_spec('libtpu') is None:
         raise UserError(f"--topology={name} needs the TPU compiler: pip install 'jax[tpu]'")
-    # libtpu looks for a TPU, and for what Google Cloud knows of this machine, unless it is told.
+    # Without these libtpu looks for a TPU and asks Google Cloud about this machine.
     os.environ['TPU_SKIP_MDS_QUERY'] = '1'
     os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
     os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
@@ -141,10 +143,9 @@ def _tpus(name: str, kind: str, sides: list[int]) -> Machine:
     tpu = TPUS[kind]
     options: dict[str, Any] = {'chips_per_host_bounds': [min(s, 2) for s in (*sides, 1)[:2]] + [1]}
     if tpu.cores > 1:
-        options['chip_config_name'] = 'megacore'  # the cores of a chip work as one device
-    devices = _devices(name, 'tpu', topology_name=f'{kind}:{"x".join(map(str, sides))}', **options)
+        options['chip_config_name'] = 'megacore'  # the cores of a chip are one device
     return Machine(
-        devices,
+        _devices(name, 'tpu', topology_name=f'{kind}:{"x".join(map(str, sides))}', **options),
         tpu.memory,
         tpu.peak,
         tpu.peak / tpu.per_cycle,
@@ -152,48 +153,37 @@ def _tpus(name: str, kind: str, sides: list[int]) -> Machine:
     )
 
 
-def _cards(name: str, kind: str, sides: list[int]) -> Machine:
+def _gpus(name: str, kind: str, sides: list[int]) -> Machine:
     if importlib.util.find_spec('jax_cuda13_plugin') is None:
-        raise UserError(
-            f"--topology={name} needs the compiler for cards: pip install 'jax[cuda13]'"
-        )
+        raise UserError(f"--topology={name} needs the GPU compiler: pip install 'jax[cuda13]'")
     if len(sides) > 2:
-        raise UserError(f'--topology={name}: cards are counted as {kind}:8, or {kind}:2x8 (hosts)')
-    card = CARDS[kind]
-    text = _TARGET.format(shared_memory_of_block=card.shared_memory - 1024, **card._asdict())
-    hosts, cards = (1, *sides)[-2:]
-    devices = _devices(name, 'cuda', target_config=text, topology=f'{hosts}x1x{cards}')
-    share = _share_of_card()
-    return Machine(
-        devices,
-        share * card.memory,
-        # there is no card to time alternatives on
-        options={'xla_gpu_autotune_level': 0, 'xla_gpu_enable_triton_gemm': False},
-        remark=f'memory: the {share:.0%} of a card that JAX takes (XLA_CLIENT_MEM_FRACTION '
-        'sets it); the workspace of cuDNN is not counted, and no time is estimated',
+        raise UserError(f'--topology={name}: write {kind}:8 (GPUs) or {kind}:2x8 (hosts x GPUs)')
+    gpu = GPUS[kind]
+    target = _TARGET.format(shared_memory_of_block=gpu.shared_memory - 1024, **asdict(gpu))
+    hosts, each = (1, *sides)[-2:]
+    share = float(
+        os.environ.get('XLA_CLIENT_MEM_FRACTION')
+        or os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION')
+        or 0.75
     )
-
-
-def _share_of_card() -> float:
-    for name in ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'):
-        text = os.environ.get(name)
-        if text:
-            try:
-                return float(text)
-            except ValueError:
-                raise UserError(f'{name}={text}: must be a number') from None
-    return 0.75
+    return Machine(
+        _devices(name, 'cuda', target_config=target, topology=f'{hosts}x1x{each}'),
+        share * gpu.memory,
+        # Autotuning would time alternatives on a GPU.
+        options={'xla_gpu_autotune_level': 0, 'xla_gpu_enable_triton_gemm': False},
+        remark=f'memory: the {share:.0%} of a GPU that JAX takes (XLA_CLIENT_MEM_FRACTION changes '
+        'it); the workspace of cuDNN is not counted, and no time is estimated',
+    )
 
 
 def _devices(name: str, platform: str, **options: Any) -> list[jax.Device]:
     try:
-        devices = topologies.get_topology_desc(platform=platform, **options).devices
+        return list(topologies.get_topology_desc(platform=platform, **options).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = str(error).partition('\n')[0].partition(': ')[2] or str(error)
-        raise UserError(f'--topology={name}: the compiler does not take it ({reason})') from error
-    return list(devices)
+        raise UserError(f'--topology={name}: the compiler rejects it ({reason})') from error
 
 
-def of_one_host(devices: Sequence[jax.Device]) -> list[jax.Device]:
-    """The devices of the first process."""
+def devices_of_first_host(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """The devices that belong to the process of the first device."""
     return [d for d in devices if d.process_index == devices[0].process_index]

@@ -1,4 +1,4 @@
-"""What a person reads of a run on the terminal."""
+"""Lines that a run prints on the terminal."""
 
 import sys
 from typing import Any
@@ -7,13 +7,18 @@ import jax
 
 
 def say(text: str) -> None:
-    """Prints from the first process of a run only."""
+    """Prints the text in process 0 only."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
 
+def on_terminal() -> bool:
+    """Whether to show progress bars: in process 0, if stderr is a terminal."""
+    return sys.stderr.isatty() and jax.process_index() == 0
+
+
 def duration(seconds: float) -> str:
-    """'2d03h', '1h05m' or '4m07s'."""
+    """Seconds as '2d03h', '1h05m' or '4m07s'."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 48:
@@ -22,7 +27,7 @@ def duration(seconds: float) -> str:
 
 
 def step_line(step: int, total: int, values: dict[str, float]) -> str:
-    """One line of training progress from the scalars of `Writer`."""
+    """The line of a training step; `values` are the scalars of metrics.jsonl."""
     aux = f' aux {values["loss_aux"]:.4f},' if 'loss_aux' in values else ''
     left = (total - step) * values['seconds_per_step']
     return (
@@ -34,7 +39,10 @@ def step_line(step: int, total: int, values: dict[str, float]) -> str:
 
 
 def class_table(scores: dict[str, Any]) -> str:
-    """IoU, accuracy and share of pixels of each class, and the means, as lines."""
+    """A line for each class with its IoU, accuracy and share of pixels, all in percent.
+
+    scores: the content of metrics.json. A dash stands for a class without pixels to count.
+    """
     width = max(len(c['name']) for c in scores['classes']) + 2
     total = max(sum(c['pixels'] for c in scores['classes']), 1)
 
@@ -49,16 +57,14 @@ def class_table(scores: dict[str, Any]) -> str:
 
 
 def headline(scores: dict[str, Any]) -> str:
-    extra = ''
-    for name in ('challenge_score', 'category_mIoU'):
-        if name in scores:
-            extra += f'  {name.replace("_", " ")} {100 * scores[name]:.2f}'
+    """The line of an evaluation's overall metrics, in percent; scores: of metrics.json."""
+    extra = ''.join(
+        f'  {name.replace("_", " ")} {100 * scores[name]:.2f}'
+        for name in ('challenge_score', 'category_mIoU')
+        if name in scores
+    )
     return (
         f'mIoU {100 * scores["mIoU"]:.2f}  mAcc {100 * scores["mAcc"]:.2f}'
         f'  allAcc {100 * scores["allAcc"]:.2f}{extra}  loss {scores["loss"]:.4f}'
         f'  ({scores["images"]} images, {duration(scores["seconds"])})'
     )
-
-
-def on_terminal() -> bool:
-    return sys.stderr.isatty() and jax.process_index() == 0
