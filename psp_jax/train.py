@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from psp_jax import evaluate, import_weights, optimizer
+from psp_jax import evaluate, optimizer
 from psp_jax.config import to_json
 from psp_jax.data.pipeline import example_index, train_batches
 from psp_jax.data.sources import Source, check_source, make_source
@@ -40,6 +40,7 @@ from psp_jax.state import (
     init_variables,
     jit_for_one_call,
 )
+from psp_jax.weights.load import load_weights, replace_arrays
 
 
 def train_step(
@@ -177,8 +178,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
         wanted = checkpoint.named_leaves(
             {'params': shapes.params, 'batch_stats': shapes.batch_stats}
         )
-        weights = import_weights.load(config.init_from, config, wanted)
-        state = import_weights.replace(make_state(), weights.arrays)
+        weights = load_weights(config.init_from, config, wanted)
+        state = replace_arrays(make_state(), weights.arrays)
         console.say('init_from: ' + '; '.join(weights.report))
     else:
         state = make_state()

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from parity.cases import RECIPE, Network
 from psp_jax import optimizer
 from psp_jax.config import default_config
-from psp_jax.import_weights import semseg_name, to_ours, to_torch
+from psp_jax.weights.names import semseg_name, to_ours, to_torch
 from psp_jax.model import pspnet
 from psp_jax.model.resnet import ResNet
 from psp_jax.runtime.checkpoint import named_leaves
