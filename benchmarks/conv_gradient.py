@@ -23,7 +23,7 @@ import optax
 from ml_collections import ConfigDict
 
 from psp_jax import optimizer, train
-from psp_jax.config import load_config
+from psp_jax.config_check import load_config
 from psp_jax.data.labels import label_space
 from psp_jax.mesh import make_mesh, put_batch, replicated
 from psp_jax.model import layers, pspnet

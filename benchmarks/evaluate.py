@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from psp_jax.config import resolve
+from psp_jax.config_check import resolve
 from psp_jax.inference.protocols import blocks
 from psp_jax.model import pspnet
 from psp_jax.model.resample import resize

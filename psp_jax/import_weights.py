@@ -11,12 +11,10 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import Any
-
-from ml_collections import ConfigDict
 
 from psp_jax.command_line import Parser, exit_code, quieten_libraries, split_overrides
-from psp_jax.config import load_config, to_json
+from psp_jax.config import to_json
+from psp_jax.config_check import load_config
 from psp_jax.errors import UserError
 
 
@@ -42,43 +40,23 @@ def run(argv: Sequence[str]) -> None:
     quieten_libraries()
     # JAX and orbax take seconds to import; errors in the flags above come at once.
     from psp_jax.runtime import checkpoint
+    from psp_jax.state import jit_for_one_call, new_state, setup
+    from psp_jax.weights.load import load_weights, replace_arrays
 
     folder = checkpoint.directory(flags.output)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f'--output={flags.output}: holds checkpoints already; name another folder')
-    variables, report = initial_variables(config)
+    network = setup(config)
+    weights = load_weights(config.init_from, config, checkpoint.named_leaves(network.variables))
+    fresh = jit_for_one_call(lambda: new_state(network).variables)()
+    variables = replace_arrays(fresh, weights.arrays)
     is_new = not os.path.exists(flags.output)
     try:
         checkpoint.save_variables(flags.output, variables, {'config': to_json(config)})
     except BaseException:
         shutil.rmtree(flags.output if is_new else str(folder), ignore_errors=True)
         raise
-    print('\n'.join([*report, f'written to {folder / "0"}']))
-
-
-def initial_variables(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
-    """All `params` and `batch_stats`, those that `config.init_from` lacks fresh, and the report."""
-    import jax
-    from flax.traverse_util import unflatten_dict
-
-    from psp_jax.model import pspnet
-    from psp_jax.runtime.checkpoint import named_leaves
-    from psp_jax.state import enable_float64, init_variables
-    from psp_jax.weights.load import load_weights
-
-    enable_float64(config)
-    model = pspnet.build(config)
-    wanted = named_leaves(jax.eval_shape(lambda: init_variables(model, config.seed)))
-    weights = load_weights(config.init_from, config, wanted)
-
-    @jax.jit
-    def make_fresh() -> dict[str, jax.Array]:
-        leaves = named_leaves(init_variables(model, config.seed))
-        return {name: leaf for name, leaf in leaves.items() if name not in weights.arrays}
-
-    complete = len(weights.arrays) == len(wanted)
-    arrays = weights.arrays | ({} if complete else make_fresh())
-    return unflatten_dict(arrays, sep='/'), weights.report
+    print('\n'.join([*weights.report, f'written to {folder / "0"}']))
 
 
 if __name__ == '__main__':

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from psp_jax import optimizer
-from psp_jax.config import apply_overrides, check_config, default_config
+from psp_jax.config import default_config, flatten
+from psp_jax.config_check import apply_overrides, check_values
 from psp_jax.mesh import (
     cut_images,
     make_mesh,
@@ -50,7 +51,7 @@ def config_of(crop, batch_size, overrides):
     config.model.depth, config.model.stem = 18, 'deep_small'
     config.model.head_width, config.model.aux_width = 32, 16
     apply_overrides(config, overrides)
-    check_config(config)
+    check_values(flatten(config))
     return config
 
 

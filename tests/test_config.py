@@ -6,19 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psp_jax.config import (
+from psp_jax.config import default_config, flatten, parse_arg, set_depth, to_json
+from psp_jax.config_check import (
     apply_overrides,
-    check_config,
+    check_values,
     config_name,
-    default_config,
-    flatten,
     from_json,
     load_config,
-    parse_arg,
     resolve,
     resume_differences,
-    set_depth,
-    to_json,
 )
 from psp_jax.errors import UserError
 
@@ -81,9 +77,9 @@ def test_defaults_are_the_papers_recipe():
 def test_defaults_are_legal_once_the_classes_are_named():
     config = default_config()
     with pytest.raises(UserError, match="data.classes='': must be set"):
-        check_config(config)
+        check_values(flatten(config))
     config.data.classes = 'wall,floor'
-    check_config(config)
+    check_values(flatten(config))
 
 
 def test_default_config_refuses_a_new_key():

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from psp_jax import optimizer
-from psp_jax.config import default_config, flatten, from_json, load_config, to_json
+from psp_jax.config import default_config, flatten, to_json
+from psp_jax.config_check import from_json, load_config
 from psp_jax.errors import UserError
 from psp_jax.model import pspnet
 from psp_jax.state import TrainState, init_variables

@@ -15,12 +15,13 @@ from parity import cases, our_side
 
 from psp_jax import export
 from psp_jax.command_line import whole_file
-from psp_jax.config import resolve, to_json
+from psp_jax.config import to_json
+from psp_jax.config_check import resolve
 from psp_jax.errors import UserError
-from psp_jax.weights.names import semseg_name, to_torch
 from psp_jax.model import pspnet
 from psp_jax.runtime import checkpoint
 from psp_jax.state import init_variables
+from psp_jax.weights.names import semseg_name, to_torch
 
 CROP = (65, 97)
 NETWORK = {

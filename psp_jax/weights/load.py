@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from psp_jax.config import flatten
-from psp_jax.config_check import as_text
+from psp_jax.config_values import as_text
 from psp_jax.errors import UserError
 from psp_jax.runtime import checkpoint
 from psp_jax.weights.files import Arrays, is_checkpoint, read_file
