@@ -7,8 +7,6 @@ psp_jax: a working directory (its newest checkpoint) or a checkpoint's own path.
 from the names in it (weights/formats.py). weights/load.py says what must fit.
 """
 
-import os
-import shutil
 import sys
 from collections.abc import Sequence
 
@@ -39,23 +37,27 @@ def run(argv: Sequence[str]) -> None:
     config = load_config(flags.config, [*overrides, source])
     quieten_libraries()
     # JAX and orbax take seconds to import; errors in the flags above come at once.
+    import jax
+    from flax.traverse_util import unflatten_dict
+
     from psp_jax.runtime import checkpoint
     from psp_jax.state import jit_for_one_call, new_state, setup
-    from psp_jax.weights.load import load_weights, replace_arrays
+    from psp_jax.weights.load import load_weights
 
     folder = checkpoint.directory(flags.output)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(path.name.isdigit() for path in folder.iterdir()):
         raise UserError(f'--output={flags.output}: holds checkpoints already; name another folder')
     network = setup(config)
-    weights = load_weights(config.init_from, config, checkpoint.named_leaves(network.variables))
-    fresh = jit_for_one_call(lambda: new_state(network).variables)()
-    variables = replace_arrays(fresh, weights.arrays)
-    is_new = not os.path.exists(flags.output)
-    try:
-        checkpoint.save_variables(flags.output, variables, {'config': to_json(config)})
-    except BaseException:
-        shutil.rmtree(flags.output if is_new else str(folder), ignore_errors=True)
-        raise
+    wanted = checkpoint.named_leaves(network.variables)
+    weights = load_weights(config.init_from, config, wanted)
+
+    def make_fresh() -> dict[str, jax.Array]:
+        leaves = checkpoint.named_leaves(new_state(network).variables)
+        return {name: leaves[name] for name in wanted.keys() - weights.arrays.keys()}
+
+    arrays = weights.arrays | jit_for_one_call(make_fresh)()
+    variables = unflatten_dict(arrays, sep='/')
+    checkpoint.save_variables(flags.output, variables, {'config': to_json(config)})
     print('\n'.join([*weights.report, f'written to {folder / "0"}']))
 
 

@@ -52,8 +52,9 @@ def forward(
 
 
 def both_heads(model: pspnet.PSPNet, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    layer3, features = model.backbone(x, False)
-    logits = model.head(model.context(features, False), False)
+    """The logits in test mode, where the network itself leaves the auxiliary head out."""
+    logits, _ = model(x, False)
+    layer3, _ = model.backbone(x, False)
     return logits, model.aux_head(layer3, False)
 
 
@@ -65,7 +66,6 @@ def logits(
 
     @jax.jit
     def run(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # In test mode the network leaves the auxiliary head out, so it is applied by itself.
         return model.apply(variables, pspnet.normalise(images, config), method=both_heads)
 
     return tuple(np.asarray(x) for x in run(variables, images))
