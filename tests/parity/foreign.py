@@ -7,17 +7,16 @@ import json
 import re
 from pathlib import Path
 
-import jax
 import numpy as np
 import safetensors.numpy
 
 from parity import cases, golden, our_side
-from psp_jax.model import pspnet
 from psp_jax.runtime.checkpoint import named_leaves
-from psp_jax.state import init_variables
+from psp_jax.state import setup
 from psp_jax.weights.load import load_weights
 from psp_jax.weights.names import semseg_name
 
+PARTS = ('backbone', 'pyramid', 'head', 'aux_head')
 STEM = {'0': 'conv1', '1': 'bn1', '3': 'conv2', '4': 'bn2', '6': 'conv3', '7': 'bn3'}
 THREE_CONVS = {f'layer0.{i}.': f'{name}.' for i, name in STEM.items()}
 CONV7 = {'layer0.0.': 'conv1.', 'layer0.1.': 'bn1.'}
@@ -88,9 +87,14 @@ def save(tensors, path: Path) -> str:
 
 
 def wanted(config):
-    """The parameters and statistics of a network by name, as shapes."""
-    model = pspnet.build(config)
-    return named_leaves(jax.eval_shape(lambda: init_variables(model, 0)))
+    """The parameters and statistics of a network by name, as shapes. Found once for a network."""
+    key = f'{config.model}{config.loss}{config.data.classes}'
+    if key not in _shapes:
+        _shapes[key] = named_leaves(setup(config).variables)
+    return _shapes[key]
+
+
+_shapes: dict = {}
 
 
 def load(source, network, **keys):
