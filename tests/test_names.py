@@ -70,7 +70,7 @@ def test_mmsegmentation(tmp_path, stem, table):
 
 
 def test_csail_in_two_files(tmp_path):
-    network = cases.R50._replace(dilation='contract', align_corners=False, aux_width=512)
+    network = cases.R18._replace(dilation='contract', align_corners=False, aux_width=32)
     tensors = semseg(network)
     theirs = renamed(tensors, CSAIL)
     extra = {'bn1._tmp_running_mean': np.ones(64), 'bn1._running_iter': np.ones(1)}
@@ -78,8 +78,8 @@ def test_csail_in_two_files(tmp_path):
     decoder = {n: t for n, t in theirs.items() if n not in encoder}
     files = (save(encoder, tmp_path / 'a.safetensors'), save(decoder, tmp_path / 'b.safetensors'))
     assert_holds(load(','.join(files), network), tensors)
-    with pytest.raises(UserError, match=r'set --config.model.aux_width=512 '):
-        load(','.join(files), network._replace(aux_width=256))
+    with pytest.raises(UserError, match=r'set --config.model.aux_width=32 '):
+        load(','.join(files), network._replace(aux_width=64))
 
 
 def test_the_error_for_unknown_names_lists_the_formats(tmp_path):

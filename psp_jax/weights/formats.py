@@ -56,7 +56,8 @@ class Format:
     """The names in one code base's files, and the options that its networks have."""
 
     name: str
-    # Patterns: a file has the first format for each of whose marks a name begins like it.
+    # Patterns. A file has this format if each of them matches the beginning of a name in it; the
+    # first such format in FORMATS counts.
     marks: tuple[str, ...]
     rename: Renaming = ()
     drop: tuple[str, ...] = ()  # patterns of arrays that this network has no use for

@@ -53,13 +53,13 @@ class Source:
     """What a file or a checkpoint holds.
 
     `arrays` has our names for the network's parameters and the file's own for others; a checkpoint
-    gives shapes instead of values. `parts` has the part of each, None if unknown. `options` are the
+    gives shapes instead of values. `parts` has the part of each, '' if unknown. `options` are the
     keys of the configuration that the weights depend on.
     """
 
     label: str
     arrays: dict[str, Any]
-    parts: dict[str, str | None]
+    parts: dict[str, str]
     options: dict[str, Any]
 
 
@@ -166,19 +166,15 @@ def _fit(
     Raises UserError if what both sides have does not fit.
     """
     candidates = {name: leaf for name, leaf in wanted.items() if name not in skipped}
-    parts = {part_of(name) for name in candidates} & {str(part) for part in source.parts.values()}
+    parts = {part_of(name) for name in candidates} & set(source.parts.values())
     if not parts:
         raise UserError(f'{source.label}: holds nothing that this network has; see --config.model')
     _check_options(source, config, parts)
     needed = {name: leaf for name, leaf in candidates.items() if part_of(name) in parts}
-    left = [
-        name
-        for name in source.arrays.keys() - wanted.keys()
-        if source.parts[name] in parts or source.parts[name] is None
-    ]
-    _check_arrays(source, needed, sorted(left))
+    left = source.arrays.keys() - wanted.keys()
+    _check_arrays(source, needed, sorted(n for n in left if source.parts[n] in {*parts, ''}))
     fresh = modules(wanted.keys() - needed.keys(), wanted)
-    lacking = sorted({str(part) for part in source.parts.values()} - set(map(part_of, wanted)))
+    lacking = sorted(set(source.parts.values()) - {part_of(name) for name in wanted})
     lines = [f'fresh: {", ".join(fresh)}'] if fresh else []
     if lacking:
         lines.append(f'dropped: {", ".join(lacking)}, which this network lacks')
@@ -223,7 +219,7 @@ def _check_arrays(source: Source, needed: dict[str, Any], left: list[str]) -> No
     if not texts:
         return
     if missing or left or any(part_of(name) == 'backbone' for name in reshaped):
-        hint = 'Set --config.model as that network is, or leave parts fresh by --config.init_skip'
+        hint = 'Set the keys of --config.model to its network, or skip parts by --config.init_skip'
     else:
         hint = _hint({name: shapes[name] for name in reshaped})
     raise UserError(f'{source.label} does not fit the configuration: {"; ".join(texts)}. {hint}')

@@ -1,7 +1,7 @@
 """Translates names and shapes of parameters between this network and other code bases' files."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -19,17 +19,16 @@ def part_of(name: str) -> str:
     return name.split('/')[1]
 
 
-def modules(names: Iterable[str], among: Iterable[str]) -> list[str]:
-    """The modules of `names`, sorted: a part's name if no other name `among` all is in that part.
+def modules(names: Collection[str], among: Iterable[str]) -> list[str]:
+    """The modules that hold `names`, sorted, such as ['aspp', 'head/classifier'].
 
-    Example: 'aspp', 'head/classifier'.
+    A part is shown by its own name if `names` has all that the network, `among`, has in this part.
     """
-    names = set(names)
-    partly = {part_of(name) for name in set(among) - names}
+    incomplete = {part_of(name) for name in set(among) - set(names)}
     found = set()
     for name in names:
-        part = part_of(name)
-        found.add(name.partition('/')[2].rpartition('/')[0] if part in partly else part)
+        _, *path, _ = name.split('/')
+        found.add('/'.join(path) if path[0] in incomplete else path[0])
     return sorted(found)
 
 
@@ -47,9 +46,9 @@ def semseg_name(ours: str) -> str | None:
     return None
 
 
-def semseg_part(name: str) -> str | None:
-    """The part of this network that an array of semseg's belongs to: 'cls.0.weight' -> 'head'."""
-    return next((part for start, part in PARTS.items() if name.startswith(start)), None)
+def semseg_part(name: str) -> str:
+    """The part that an array of semseg's belongs to: 'cls.0.weight' -> 'head'; '' if unknown."""
+    return next((part for start, part in PARTS.items() if name.startswith(start)), '')
 
 
 def to_torch(array: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 The names are written down from those code bases' files, independently of weights/formats.py.
 """
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -60,6 +61,11 @@ def renamed(tensors, table):
 
 def semseg(network):
     """Made-up tensors of a network under semseg's names, in the shapes of PyTorch's model."""
+    return dict(_made_up(network))
+
+
+@functools.cache
+def _made_up(network):
     name = 'shapes/R18 full' if network.depth == 18 else 'shapes/R50 full'
     shapes = json.loads(str(np.load(golden.FILE)[name]))
     for head, width in (('cls', network.head_width), ('aux', network.aux_width)):
