@@ -9,20 +9,22 @@ from ml_collections import ConfigDict
 
 
 def sgd(
-    options: ConfigDict, rate: optax.Schedule, decays: Any
+    optimizer: ConfigDict, rate: optax.Schedule, decays: Any
 ) -> optax.GradientTransformationExtraArgs:
     """v = momentum * v + g + weight_decay * p; p = p - rate * v (PyTorch's form)."""
     return optax.chain(
-        optax.add_decayed_weights(options.weight_decay, mask=decays),
-        optax.sgd(rate, options.momentum),
+        optax.add_decayed_weights(optimizer.weight_decay, mask=decays),
+        optax.sgd(rate, optimizer.momentum),
     )
 
 
 def adamw(
-    options: ConfigDict, rate: optax.Schedule, decays: Any
+    optimizer: ConfigDict, rate: optax.Schedule, decays: Any
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW (Loshchilov & Hutter 2019), whose beta1 is optimizer.momentum."""
-    return optax.adamw(rate, b1=options.momentum, weight_decay=options.weight_decay, mask=decays)
+    return optax.adamw(
+        rate, b1=optimizer.momentum, weight_decay=optimizer.weight_decay, mask=decays
+    )
 
 
 # (config.optimizer, schedule, tree of bool: which parameters decay) -> optimizer, of the backbone's
@@ -55,7 +57,7 @@ def make_schedule(config: ConfigDict) -> optax.Schedule:
     return optax.join_schedules([linear, poly], [warmup])
 
 
-def group_of(params: Any, options: ConfigDict) -> Any:
+def group_of(params: Any, optimizer: ConfigDict) -> Any:
     """A tree like `params` that holds each parameter's `Group`.
 
     Everything outside the backbone is a head and learns `head_multiplier` times as fast. semseg
@@ -66,11 +68,11 @@ def group_of(params: Any, options: ConfigDict) -> Any:
     def find(path: Any, _: Any) -> Group:
         name = jax.tree_util.keystr(path, simple=True, separator='/')
         in_backbone = name.startswith('backbone/')
-        spared = name.endswith(('/scale', '/bias')) and not options.decay_norm_and_bias
+        spared = name.endswith(('/scale', '/bias')) and not optimizer.decay_norm_and_bias
         return Group(
             ('backbone' if in_backbone else 'heads') + (' scale and bias' if spared else ''),
-            1.0 if in_backbone else options.head_multiplier,
-            0.0 if spared else options.weight_decay,
+            1.0 if in_backbone else optimizer.head_multiplier,
+            0.0 if spared else optimizer.weight_decay,
         )
 
     return jax.tree_util.tree_map_with_path(find, params)
@@ -80,14 +82,14 @@ def is_group(node: Any) -> bool:
     return isinstance(node, Group)
 
 
-def table(params: Any, options: ConfigDict) -> str:
+def table(params: Any, optimizer: ConfigDict) -> str:
     """The groups as lines for people: name, tensors, parameters, rate, decay."""
-    found = jax.tree.leaves(group_of(params, options), is_leaf=is_group)
+    found = jax.tree.leaves(group_of(params, optimizer), is_leaf=is_group)
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
     lines = [f'{"group":<24}{"tensors":>8}{"parameters":>13}{"rate":>9}{"decay":>9}']
     for group in dict.fromkeys(found):
         members = [size for size, g in zip(sizes, found, strict=True) if g == group]
-        rate = options.learning_rate * group.multiplier
+        rate = optimizer.learning_rate * group.multiplier
         lines.append(
             f'{group.name:<24}{len(members):>8}{sum(members):>13,}{rate:>9g}{group.decay:>9g}'
         )
@@ -98,12 +100,12 @@ def make_optimizer(
     params: Any, config: ConfigDict
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
     """The optimizer of `config` for a tree of parameters or shapes, and the schedule it follows."""
-    options, schedule = config.optimizer, make_schedule(config)
-    groups = group_of(params, options)
+    optimizer, schedule = config.optimizer, make_schedule(config)
+    groups = group_of(params, optimizer)
 
     def mask(holds: Callable[[Group], bool]) -> Any:
         return jax.tree.map(holds, groups, is_leaf=is_group)
 
-    rule = OPTIMIZERS[options.name](options, schedule, mask(lambda g: g.decay > 0))
+    rule = OPTIMIZERS[optimizer.name](optimizer, schedule, mask(lambda g: g.decay > 0))
     heads = mask(lambda g: g.multiplier != 1)
-    return optax.chain(rule, optax.masked(optax.scale(options.head_multiplier), heads)), schedule
+    return optax.chain(rule, optax.masked(optax.scale(optimizer.head_multiplier), heads)), schedule
