@@ -1,4 +1,4 @@
-"""A checkpoint in a form that other programs read: its weights, or the network as a program."""
+"""Exports a checkpoint for other programs: its weights, or the network as a program."""
 
 import json
 import os
@@ -13,15 +13,15 @@ from ml_collections import ConfigDict
 
 from psp_jax.command_line import whole_file
 from psp_jax.errors import UserError
-from psp_jax.import_weights import as_options, semseg_name, to_torch
 from psp_jax.model import pspnet
 from psp_jax.model.geometry import crop_size
 from psp_jax.model.resample import resize
 from psp_jax.report import console
 from psp_jax.runtime import checkpoint
 from psp_jax.state import setup
+from psp_jax.weights.names import as_options, modules, semseg_name, to_torch
 
-PLATFORMS = ('cpu', 'cuda', 'tpu')  # that one program is for
+PLATFORMS = ('cpu', 'cuda', 'tpu')  # one program runs on all of these
 
 
 def export_checkpoint(
@@ -29,9 +29,8 @@ def export_checkpoint(
 ) -> None:
     """Writes a checkpoint as the suffix of `output` says: .safetensors or .jaxexport.
 
-    `export_weights` and `export_program` tell what is in it and what they raise. The configuration
-    defaults to the checkpoint's own, with `overrides`; the weights know no other. Raises UserError
-    for any other suffix.
+    See `export_weights` and `export_program`. `config` and `overrides` only count for the program.
+    Raises UserError for any other suffix.
     """
     suffix = os.path.splitext(output)[1]
     if suffix == '.safetensors':
@@ -48,16 +47,22 @@ def export_checkpoint(
 def export_weights(workdir: str, which: str, output: str) -> None:
     """Writes `params` and `batch_stats` to a `.safetensors` file under semseg's names.
 
-    Values keep every bit. The network's options go into the file's metadata, since names and shapes
-    do not tell them all. The file appears once it is whole. Raises UserError for
-    a missing checkpoint and a path that cannot be written.
+    Values keep every bit. The file's metadata has the network's options, which names and shapes do
+    not tell. The file appears when it is complete. Raises UserError if the network has a module
+    without a name in semseg's format, there is no such checkpoint, or the path cannot be written.
     """
     import safetensors.numpy
 
     path, step = checkpoint.find(workdir, which)
-    found = checkpoint.shapes(path, step, ('params', 'batch_stats'))
-    arrays = checkpoint.read_arrays(path, step, found)
-    tensors = {semseg_name(name): to_torch(array) for name, array in arrays.items()}
+    shapes = checkpoint.shapes(path, step, ('params', 'batch_stats'))
+    nameless = modules([name for name in shapes if semseg_name(name) is None], shapes)
+    if nameless:
+        raise UserError(
+            f"--output={output}: semseg's format has no name for {', '.join(nameless)}; export the "
+            'network as a program, to a file that ends in .jaxexport'
+        )
+    arrays = checkpoint.read_arrays(path, step, shapes)
+    tensors = {str(semseg_name(name)): to_torch(array) for name, array in arrays.items()}
     options = as_options(json.loads(checkpoint.read_meta(path, step)['config']))
     metadata = {'format': 'pt', 'psp_jax': json.dumps(options)}
     with whole_file(output) as unfinished:
@@ -68,13 +73,13 @@ def export_weights(workdir: str, which: str, output: str) -> None:
 def export_program(
     config: ConfigDict | None, workdir: str, which: str, overrides: Iterable[str], output: str
 ) -> None:
-    """Writes what `program` makes of a checkpoint and a configuration, which may be its own.
+    """Writes the network of a checkpoint, with its weights, as one program of JAX.
 
-    `overrides` ('--config.KEY=VALUE') change the latter: `data.crop` is the size of the
-    images, and `dtype` may be bfloat16 where training had float32. jax alone reads the file:
-    `call = jax.export.deserialize(open(output, 'rb').read()).call`. It appears once it is whole.
-    Raises UserError for an override that is not legal or asks for another network, a missing
-    checkpoint and a path that cannot be written.
+    `config` defaults to the checkpoint's own with `overrides` ('--config.KEY=VALUE') on it:
+    `data.crop` is the size of the images, and `dtype` may be bfloat16 after training in float32.
+    JAX alone reads the file: `call = jax.export.deserialize(open(output, 'rb').read()).call`. The
+    file appears when it is complete. Raises UserError if an override is not legal or changes the
+    network, there is no such checkpoint, or the path cannot be written.
     """
     path, step = checkpoint.find(workdir, which)
     config = config or checkpoint.config_of(path, step, overrides)
@@ -95,17 +100,18 @@ def program(
 ) -> jax.export.Exported:
     """The network in test mode as a function of the images alone, for all `PLATFORMS`.
 
-    It takes uint8 [batch, H, W, 3], RGB, for any batch and the H x W that `data.crop` names, and
-    gives float32 [batch, H, W, classes]: logits, resized from 1/8 of that as in evaluation.
-    Normalisation and the weights are within. `variables`: trees of *numpy* arrays, which are cast
-    to `config.dtype` here; those of JAX would be when it runs, and take twice the room in bfloat16.
+    It takes RGB images uint8 [batch, H, W, 3], for any batch and the H x W of `data.crop`. It
+    returns logits float32 [batch, H, W, classes], resized from 1/8 of that as in evaluation. It
+    contains the normalisation and the weights. `variables` are trees of *NumPy* arrays: these are
+    cast to `config.dtype` here, while JAX's would be cast at each call and take twice the space in
+    bfloat16.
     """
     height, width = crop_size(config)
 
     def logits(images: jax.Array) -> jax.Array:
         features, _ = model.apply(variables, pspnet.normalise(images, config), False)
         x = resize(features, (height, width), config.model.align_corners)
-        return x.astype(jnp.float32)  # float64 has served its purpose, and few callers enable it
+        return x.astype(jnp.float32)  # also of float64, which few callers enable
 
     shape = jax.export.symbolic_shape(f'batch, {height}, {width}, 3')
     with _file_names_only():
@@ -115,7 +121,7 @@ def program(
 
 @contextmanager
 def _file_names_only() -> Iterator[None]:
-    """Keeps this computer's folders out of what is lowered, whose operations name their source."""
+    """Removes this computer's folders from the source positions that the program contains."""
     key = 'jax_hlo_source_file_canonicalization_regex'
     before = getattr(jax.config, key)
     jax.config.update(key, '.*/')

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from psp_jax import evaluate, import_weights, losses, optimizer
+from psp_jax import evaluate, losses, optimizer
 from psp_jax.config import to_json
 from psp_jax.data.pipeline import example_index, train_batches
 from psp_jax.data.sources import Source, check_source, make_source
@@ -32,6 +32,7 @@ from psp_jax.report import console
 from psp_jax.report.writer import RunLog
 from psp_jax.runtime import checkpoint, preemption, resume
 from psp_jax.state import Setup, TrainState, jit_for_one_call, new_state, setup
+from psp_jax.weights.load import load_weights, replace_arrays
 
 
 def train_step(
@@ -189,9 +190,9 @@ def starting_state(
         return first, state
     if config.init_from:
         wanted = checkpoint.named_leaves(run.variables)
-        weights = import_weights.load(config.init_from, config, wanted)
+        weights = load_weights(config.init_from, config, wanted)
         console.say('init_from: ' + '; '.join(weights.report))
-        return 0, import_weights.replace(make_state(), weights.arrays)
+        return 0, replace_arrays(make_state(), weights.arrays)
     return 0, make_state()
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from networks import SMALL
-from psp_jax.weights.names import semseg_name, to_torch
 
 from psp_jax import evaluate, export, train
 from psp_jax.config_check import resolve
@@ -27,6 +26,7 @@ from psp_jax.model.contexts import CONTEXTS
 from psp_jax.optimizer import OPTIMIZERS
 from psp_jax.runtime import checkpoint
 from psp_jax.state import setup
+from psp_jax.weights.names import semseg_name, to_torch
 
 EXTENSIONS = '''
 """Entries for every table of psp_jax, from outside the package."""

@@ -29,8 +29,8 @@ import safetensors.numpy
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from parity import cases
+from parity.foreign import CONV7, classifier, semseg
 from PIL import Image
-from test_import_weights import backbone_of, classifier, renamed, semseg
 from test_tfds_source import NAMES, prepare, write_pets
 
 from psp_jax.config import default_config, flatten
@@ -419,8 +419,7 @@ def test_pets_run_on_photographs_that_tfds_has_prepared(run, tmp_path):
     write_pets(tmp_path)
     data_dir, workdir = tmp_path / 'data dir', tmp_path / 'run 1'
     prepare(tmp_path, data_dir, 'array_record')
-    tensors = backbone_of(semseg(cases.R18._replace(stem='conv7')))
-    timm = renamed(tensors, {'layer0.0.': 'conv1.', 'layer0.1.': 'bn1.'}) | classifier()
+    timm = classifier(semseg(cases.R18._replace(stem='conv7')), CONV7)
     weights = tmp_path / 'resnet18.safetensors'
     safetensors.numpy.save_file(timm, weights)
     notebook = run(

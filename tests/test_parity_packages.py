@@ -6,13 +6,12 @@ import types
 import jax
 import numpy as np
 import pytest
-from parity import cases, our_side
+from parity import cases, foreign, our_side
 
-from psp_jax import import_weights
 from psp_jax.model import pspnet
-from psp_jax.model.resnet import ResNet
 from psp_jax.runtime import checkpoint
-from psp_jax.state import init_variables, jit_for_one_call
+from psp_jax.state import jit_for_one_call, new_state, setup
+from psp_jax.weights.load import load_weights, replace_arrays
 
 torch = pytest.importorskip('torch', reason='PyTorch is not installed; make test-torch installs it')
 pytestmark = pytest.mark.torch
@@ -48,23 +47,22 @@ def fill(model):
 
 def loaded(source, network):
     """Our variables with the weights of a file."""
-    config = our_side.config_of(network, 'float32')
-    variables = jit_for_one_call(lambda: init_variables(pspnet.build(config), 0))()
-    weights = import_weights.load(str(source), config, checkpoint.named_leaves(variables))
-    return config, import_weights.replace(variables, weights.arrays)
+    run = setup(our_side.config_of(network, 'float32'))
+    variables = jit_for_one_call(lambda: new_state(run).variables)()
+    weights = load_weights(str(source), run.config, checkpoint.named_leaves(variables))
+    return run.config, replace_arrays(variables, weights.arrays)
 
 
-def assert_fits(model, network, path, fresh):
-    """The names and shapes of a model without values are those that a network of ours asks for."""
+def assert_fits(model, network, path, parts):
+    """The names and shapes of a model without values are those of these parts of ours."""
     from safetensors.torch import save_file
 
     state = model.state_dict().items()
     save_file({n: torch.zeros(v.shape, dtype=torch.float16) for n, v in state}, path)
     config = our_side.config_of(network, 'float32')
-    shapes = jax.eval_shape(lambda: init_variables(pspnet.build(config), 0))
-    wanted = checkpoint.named_leaves(shapes)
-    weights = import_weights.load(str(path), config, wanted)
-    assert weights.arrays.keys() == {n for n in wanted if n.split('/')[1] not in fresh}
+    wanted = foreign.wanted(config)
+    weights = load_weights(str(path), config, wanted)
+    assert weights.arrays.keys() == {n for n in wanted if n.split('/')[1] in parts}
     for name, array in weights.arrays.items():
         assert array.shape == wanted[name].shape and array.dtype == wanted[name].dtype
 
@@ -76,9 +74,14 @@ def assert_backbone_equal(model, act, source, network, claim, measured):
         layer3 = model.layer3(model.layer2(model.layer1(y)))
         theirs = [v.permute(0, 2, 3, 1).numpy() for v in (layer3, model.layer4(layer3))]
     config, variables = loaded(source, network)
-    part = {kind: tree['backbone'] for kind, tree in variables.items()}
-    backbone = ResNet(network.depth, network.stem, network.dilation)
-    ours = jax.jit(lambda v, x: backbone.apply(v, pspnet.normalise(x, config), False))(part, images)
+    network = pspnet.build(config)
+
+    @jax.jit
+    def features(variables, images):
+        x = pspnet.normalise(images, config)
+        return network.apply(variables, x, method=lambda network, x: network.backbone(x, False))
+
+    ours = features(variables, images)
     for name, a, b in zip(('layer3', 'layer4'), ours, theirs, strict=True):
         measured(f'{name} of {claim}', our_side.distance(np.asarray(a), b), 1e-5)
 
@@ -122,7 +125,7 @@ def test_deeper_backbones_fit(depth, tmp_path):
         }
     for stem, model in models.items():
         network = cases.R50._replace(depth=depth, stem=stem)
-        assert_fits(model, network, tmp_path / 'x.safetensors', import_weights.HEADS)
+        assert_fits(model, network, tmp_path / 'x.safetensors', ('backbone',))
 
 
 def mmseg_model(network):
@@ -211,4 +214,4 @@ def test_mmsegmentations_deeper_pspnet_fits(stem, tmp_path):
     )
     with torch.device('meta'):
         model = mmseg_model(network)
-    assert_fits(model, network, tmp_path / 'x.safetensors', ())
+    assert_fits(model, network, tmp_path / 'x.safetensors', foreign.PARTS)

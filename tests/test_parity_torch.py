@@ -11,7 +11,7 @@ import pytest
 from parity import cases, our_side
 from PIL import Image
 
-from psp_jax.import_weights import semseg_name
+from psp_jax.weights.names import semseg_name
 
 torch = pytest.importorskip('torch', reason='PyTorch is not installed; make test-torch installs it')
 torch_side = pytest.importorskip('parity.torch_side')

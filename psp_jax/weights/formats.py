@@ -1,12 +1,13 @@
-"""How other code bases name the parameters of this network. Data; import_weights.py applies it.
+"""Tables of the parameter names in other code bases' files. names.py applies them.
 
-The names of semseg (the authors' PyTorch code) are the ones in the middle: a format says how its
-names become semseg's, and `OURS` how ours do.
+All names go through those of semseg, the authors' PyTorch code: each format has a table from its
+names to semseg's, and `OURS` is the table from ours.
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
-Renaming = tuple[tuple[str, str], ...]  # (pattern of the beginning of a name, what stands for it)
+Renaming = tuple[tuple[str, str], ...]  # (pattern of a name's beginning, its replacement)
 
 # Modules of this network -> semseg's.
 OURS: Renaming = (
@@ -28,6 +29,8 @@ OURS: Renaming = (
     ('aux_head/bn', 'aux.1'),
     ('aux_head/classifier', 'aux.4'),
 )
+# Beginnings of semseg's names -> the part of this network that they belong to.
+PARTS = {'layer': 'backbone', 'ppm.': 'pyramid', 'cls.': 'head', 'aux.': 'aux_head'}
 # Arrays of a module -> PyTorch's. Kernels [H, W, in, out] become [out, in, H, W].
 LEAVES = {
     'kernel': 'weight',
@@ -37,7 +40,7 @@ LEAVES = {
     'var': 'running_var',
 }
 
-# ImageNet networks with a stem of three 3x3 convolutions, as the MIT and semseg wrote them.
+# ImageNet networks with a stem of three 3x3 convolutions, as MIT's and semseg's code name them.
 _THREE_CONVS: Renaming = (
     (r'conv1\.', 'layer0.0.'),
     (r'bn1\.', 'layer0.1.'),
@@ -48,22 +51,25 @@ _THREE_CONVS: Renaming = (
 )
 
 
-class Format(NamedTuple):
-    """A naming of the weights, and what a network needs to be for them to mean the same."""
+@dataclass(frozen=True)
+class Format:
+    """The names in one code base's files, and the options that its networks have."""
 
     name: str
-    marks: tuple[str, ...]  # patterns: some name begins with each; the first such format it is
+    # Patterns. A file has this format if each of them matches the beginning of a name in it; the
+    # first such format in FORMATS counts.
+    marks: tuple[str, ...]
     rename: Renaming = ()
-    drop: tuple[str, ...] = ()  # patterns of what the network has no use for, besides COUNTERS
-    complete: bool = True  # False: the backbone only
-    # Keys of the configuration that must have these values; shapes tell the others.
-    needs: dict[str, Any] = {}
+    drop: tuple[str, ...] = ()  # patterns of arrays that this network has no use for
+    whole: bool = True  # False: the file is a classifier, of which the backbone is used
+    # Keys of the configuration that shapes do not tell, with the values that they must have.
+    needs: dict[str, Any] = field(default_factory=dict)
 
 
-# What shapes do not tell, the same in all of these code bases.
+# What shapes do not tell about the pyramid; the same in all of these code bases.
 _PYRAMID = {'model.bins': (1, 2, 3, 6), 'model.pool': 'average', 'model.reduce': True}
 
-COUNTERS = r'.*\.num_batches_tracked'  # PyTorch counts batches; nothing here depends on the count
+COUNTERS = r'.*\.num_batches_tracked'  # PyTorch's counts of batches, which are not needed
 
 FORMATS = (
     Format(
@@ -108,20 +114,20 @@ FORMATS = (
         marks=(r'conv1\.weight', r'conv3\.weight', r'layer4\.'),
         rename=_THREE_CONVS,
         drop=(r'fc\.',),
-        complete=False,
+        whole=False,
     ),
     Format(
         name='timm ResNet with a deep stem',
         marks=(r'conv1\.6\.', r'layer4\.'),
         rename=((r'conv1\.', 'layer0.'), (r'bn1\.', 'layer0.7.')),
         drop=(r'fc\.',),
-        complete=False,
+        whole=False,
     ),
     Format(
         name='torchvision or timm ResNet',
         marks=(r'conv1\.weight', r'layer4\.'),
         rename=((r'conv1\.', 'layer0.0.'), (r'bn1\.', 'layer0.1.')),
         drop=(r'fc\.',),
-        complete=False,
+        whole=False,
     ),
 )

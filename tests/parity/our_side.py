@@ -8,14 +8,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from parity.cases import RECIPE, Network
-from psp_jax import optimizer
 from psp_jax.config import default_config
-from psp_jax.import_weights import semseg_name, to_ours, to_torch
 from psp_jax.model import pspnet
-from psp_jax.model.resnet import ResNet
 from psp_jax.runtime.checkpoint import named_leaves
-from psp_jax.state import TrainState, init_variables
+from psp_jax.state import TrainState, setup
 from psp_jax.train import train_step
+from psp_jax.weights.names import semseg_name, to_ours, to_torch
 
 
 def config_of(network: Network, dtype: str, total_steps: int = 1) -> ConfigDict:
@@ -33,7 +31,7 @@ def config_of(network: Network, dtype: str, total_steps: int = 1) -> ConfigDict:
 
 def variables_of(config: ConfigDict, weights: dict[str, np.ndarray]) -> dict[str, Any]:
     """The weights as our tree; each is used, and each place is filled."""
-    shapes = jax.eval_shape(lambda: init_variables(pspnet.build(config), 0))
+    shapes = setup(config).variables
     names = {name: semseg_name(name) for name in named_leaves(shapes)}
     assert sorted(names.values()) == sorted(weights)
 
@@ -53,23 +51,22 @@ def forward(
     return logits(config, variables_of(config, weights), images)
 
 
+def both_heads(model: pspnet.PSPNet, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The logits in test mode, where the network itself leaves the auxiliary head out."""
+    logits, _ = model(x, False)
+    layer3, _ = model.backbone(x, False)
+    return logits, model.aux_head(layer3, False)
+
+
 def logits(
     config: ConfigDict, variables: dict[str, Any], images: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """`forward` of variables that are ours already."""
     model = pspnet.build(config)
-    kinds = {'dtype': model.dtype, 'param_dtype': model.param_dtype}
 
     @jax.jit
     def run(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = pspnet.normalise(images, config)
-        main, _ = model.apply(variables, x, False)
-        # The auxiliary head is absent in test mode; here it is applied by itself.
-        part = {kind: tree['backbone'] for kind, tree in variables.items()}
-        layer3, _ = ResNet(model.depth, model.stem, model.dilation, **kinds).apply(part, x, False)
-        part = {kind: tree['aux_head'] for kind, tree in variables.items()}
-        aux_head = pspnet.Head(model.aux_width, model.classes, 0.0, **kinds)
-        return main, aux_head.apply(part, layer3, False)
+        return model.apply(variables, pspnet.normalise(images, config), method=both_heads)
 
     return tuple(np.asarray(x) for x in run(variables, images))
 
@@ -79,19 +76,17 @@ def train(
 ) -> dict[str, np.ndarray]:
     """Steps of `train_step`: losses [steps, 3], the first step's gradients ('gradient/NAME'), and
     all parameters and statistics in the end ('end/NAME')."""
-    config = config_of(network, dtype, total_steps)
-    model = pspnet.build(config)
-    variables = variables_of(config, weights)
+    run = setup(config_of(network, dtype, total_steps))
+    variables = variables_of(run.config, weights)
     params = variables['params']
-    tx = optimizer.make_optimizer(params, config.optimizer)
-    state = TrainState(jnp.zeros((), jnp.int32), params, variables['batch_stats'], tx.init(params))
-    step_fn = jax.jit(lambda s, b: train_step(s, b, model=model, tx=tx, config=config))
+    state = TrainState(jnp.zeros((), jnp.int32), **variables, opt_state=run.tx.init(params))
+    step_fn = jax.jit(lambda s, b: train_step(s, b, run=run))
     result, losses = {}, []
     for step, (images, labels) in enumerate(batches):
         state, scalars = step_fn(state, {'image': images, 'label': labels})
         losses.append([scalars[name].item() for name in ('loss', 'loss_main', 'loss_aux')])
         if step == 0:
-            # After one step the momentum is the gradient with the decay of what was there before.
+            # After one step the momentum is the gradient plus the decay of the initial value.
             momentum = {
                 name.split('trace/')[1]: leaf
                 for name, leaf in named_leaves(state.opt_state).items()
