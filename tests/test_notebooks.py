@@ -125,19 +125,14 @@ def test_every_command_is_legal(name, monkeypatch):
 
 
 @pytest.mark.parametrize('name', NAMES_OF_NOTEBOOKS)
-def test_every_key_and_every_example_of_flags_is_legal(name):
+def test_every_example_of_flags_is_legal(name):
     code, text = ('\n'.join(sources(read(name), kind)) for kind in ('code', 'markdown'))
-    keys = set(re.findall(r'--config\.([\w.]+)', code + text)) - {'KEY'}
-    assert keys <= flatten(default_config()).keys()
     examples = re.findall(r"^FLAGS = ''  # .*?: '(.*)'$", code, re.M)
     examples += re.findall(r"`FLAGS = '(.*)'`", text)
     examples += re.findall(r"`('?--config\.[a-z][^`]*)`", text)
-    assert len(examples) == {'quickstart': 2, 'pets': 0, 'evaluate': 3}[name]
-    for example in examples:  # a shell takes the words apart, as behind a `!`
-        words = subprocess.run(
-            ['bash', '-c', f'printf "%s\\n" {example}'], check=True, capture_output=True, text=True
-        )
-        resolve({'data.classes': '2'}, words.stdout.splitlines())
+    for example in examples:
+        words = [shlex.split(word)[0] for word in shlex.split(example, posix=False)]
+        resolve({'data.classes': '2'}, words)
 
 
 # ---- requirements-colab.txt
@@ -275,18 +270,6 @@ def test_pets_have_the_classes_of_the_trimaps(tmp_path, monkeypatch):
                     np.testing.assert_array_equal(source.read(i)[1], table[np.asarray(trimap)])
 
 
-@pytest.mark.parametrize('depth', [18, 34, 50, 101, 152, 269])
-def test_pets_start_from_weights_of_the_network_that_they_train(depth, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    config = load_config(f'configs/pets.py:depth={depth}')
-    public = re.fullmatch(r'hf://timm/resnet(\d+)(s?)\.\w+', config.init_from)
-    if depth == 269:
-        assert config.init_from == ''
-    else:
-        assert int(public[1]) == config.model.depth == depth
-        assert config.model.stem == {'': 'conv7', 's': 'deep'}[public[2]]
-
-
 # ---- Runs from top to bottom
 
 # The training step is that of conftest's SMALL_CONFIG: compiled once for all tests.
@@ -299,10 +282,7 @@ FOUR_SCENES = ' --config.data.val=1000000:1000004'
 
 @pytest.fixture
 def run(programs, tmp_path):
-    """Runs a notebook with other parameters; returns it with its outputs.
-
-    PSP_JAX_NOTEBOOK_OUTPUTS names a folder that executed notebooks and their pictures go to.
-    """
+    """Runs a notebook with other parameters; returns it with its outputs."""
 
     def execute(name, **values):
         notebook = read(name)
@@ -316,13 +296,6 @@ def run(programs, tmp_path):
         environment['IPYTHONDIR'] = str(tmp_path / 'ipython')
         client = NotebookClient(notebook, timeout=600, resources={'metadata': {'path': FOLDER}})
         client.execute(env=environment)
-        if 'PSP_JAX_NOTEBOOK_OUTPUTS' in os.environ:
-            folder = Path(os.environ['PSP_JAX_NOTEBOOK_OUTPUTS']) / tmp_path.name
-            folder.mkdir(parents=True, exist_ok=True)
-            nbformat.write(notebook, folder / f'{name}.ipynb')
-            for id, shown in pictures(notebook).items():
-                for i, picture in enumerate(shown):
-                    picture.save(folder / f'{id}-{i}.png')
         return notebook
 
     return execute
@@ -368,7 +341,7 @@ def assert_shows_the_evaluation(notebook, workdir, step, images):
 def test_quickstart_runs(run, tmp_path):
     workdir = tmp_path / 'run 1'
     notebook = run('quickstart', WORKDIR=str(workdir), STEPS=10, FLAGS=SMALL + FOUR_SCENES)
-    assert re.search(r'^jax \S+ on \d+ x ', printed(notebook, 'install'), re.M)
+    assert re.search(r'^\d+ x ', printed(notebook, 'install'), re.M)
     assert 'step 10/10  loss' in printed(notebook, 'train')
     assert_shows_the_evaluation(notebook, workdir, 10, images=4)
     assert [p.size for p in pictures(notebook)['scenes']] == [(2 * 3 * 129, 4 * 3 * 65)]
@@ -392,9 +365,7 @@ def test_pets_run_on_photographs_that_tfds_has_prepared(run, tmp_path):
     )
     assert '5 training images; classes: background, pet, border' in printed(notebook, 'photographs')
     assert len(pictures(notebook)['photographs']) == 3
-    said = printed(notebook, 'train')
-    assert f'arrays from {weights} (torchvision or timm ResNet)' in said
-    assert 'fresh: aux_head, head, pyramid' in said
+    assert str(weights) in printed(notebook, 'train')
     assert_shows_the_evaluation(notebook, workdir, 2, len(NAMES['test']))
 
 
