@@ -181,7 +181,7 @@ def ablations() -> list[tuple[str, int]]:
 
 
 def counted_by_hand(depth: int, bins: int, reduce: bool, aux: bool, classes: int) -> int:
-    """Parameters of a PSPNet of bottlenecks: a convolution has k*k*in*out, BatchNorm 2 a channel."""
+    """Parameters of a bottleneck PSPNet: convolutions have k*k*in*out, BatchNorm 2 a channel."""
 
     def conv(size: int, inputs: int, outputs: int) -> int:
         return size**2 * inputs * outputs + 2 * outputs
