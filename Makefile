@@ -35,6 +35,7 @@ test-topology: .venv-topology/requirements-topology.txt
 lint: .venv/requirements-test.txt
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+	.venv/bin/lint-imports
 
 bench: .venv/requirements.txt
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(RUN) -m benchmarks.$$name || exit 1; done

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from psp_jax.config import load_config
+from psp_jax.config_check import load_config
 from psp_jax.data import scenes
 from psp_jax.model.resnet import BLOCKS, DILATIONS, STEMS, is_basic
 

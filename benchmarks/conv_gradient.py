@@ -22,12 +22,12 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from psp_jax import optimizer, train
-from psp_jax.config import load_config
+from psp_jax import train
+from psp_jax.config_check import load_config
 from psp_jax.data.labels import label_space
-from psp_jax.mesh import make_mesh, put_batch, replicated
-from psp_jax.model import layers, pspnet
-from psp_jax.state import create_state, jit_for_one_call
+from psp_jax.mesh import make_mesh, put_images, replicated
+from psp_jax.model import layers
+from psp_jax.state import jit_for_one_call, new_state, setup
 
 CONFIG = Path(__file__).parents[1] / 'configs' / 'camvid.py'
 CONVOLUTIONS = {'shifts': layers.spatial_conv, 'native': layers.native_conv}
@@ -55,18 +55,13 @@ def relative_difference(a: Any, b: Any) -> float:
 
 def compare(config: ConfigDict, repeats: int) -> dict[str, Any]:
     """Median seconds of a step with each gradient, their ratio and the gradients' difference."""
-    mesh = make_mesh(1, config.batch_size)
-    model = pspnet.build(config)
-    params = jax.eval_shape(lambda: create_state(model, optax.identity(), config.seed)).params
-    tx = optimizer.make_optimizer(params, config.optimizer)
-    make_state = jit_for_one_call(
-        lambda: create_state(model, tx, config.seed), out_shardings=replicated(mesh)
-    )
-    batch = put_batch(random_batch(config), mesh)
+    mesh, run = make_mesh(1, config.batch_size), setup(config)
+    make_state = jit_for_one_call(lambda: new_state(run), out_shardings=replicated(mesh))
+    batch = put_images(**random_batch(config), mesh=mesh)
 
     steps, states, gradients = {}, {}, {}
     for name, convolution in CONVOLUTIONS.items():
-        steps[name] = train.compile_step(mesh, model, tx, config)
+        steps[name] = train.compile_step(run, mesh)
         state = make_state()
         decay = jax.tree.map(lambda p: config.optimizer.weight_decay * np.asarray(p), state.params)
         with mock.patch.object(layers, 'spatial_conv', convolution):  # the first call traces

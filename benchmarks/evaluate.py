@@ -25,12 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from psp_jax.config import resolve
+from psp_jax.config_check import resolve
 from psp_jax.inference.protocols import blocks
-from psp_jax.model import pspnet
 from psp_jax.model.resample import resize
 from psp_jax.predict import Predictor
-from psp_jax.state import init_variables, jit_for_one_call
+from psp_jax.state import jit_for_one_call, new_state, setup
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 SIZES = ((512, 683), (683, 512), (480, 640), (600, 600), (768, 1024))  # similar to ADE20K's
@@ -95,8 +94,9 @@ def plain_loop(image: np.ndarray, forward: Any, config: ConfigDict) -> np.ndarra
 
 def compare(flags: argparse.Namespace) -> dict[str, Any]:
     config = config_of(flags)
-    model = pspnet.build(config)
-    variables = jit_for_one_call(lambda: init_variables(model, 0))()
+    run = setup(config)
+    model = run.model
+    variables = jit_for_one_call(lambda: new_state(run))().variables
     predictor = Predictor(config, variables)
 
     @jax.jit
@@ -163,7 +163,8 @@ def main() -> None:
     elif flags.memory:
         height, width = map(int, flags.memory.split('x'))
         config = config_of(flags)
-        variables = jit_for_one_call(lambda: init_variables(pspnet.build(config), 0))()
+        run = setup(config)
+        variables = jit_for_one_call(lambda: new_state(run))().variables
         Predictor(config, variables)(make_image((height, width), 0))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         report = {'height': height, 'width': width, 'peak_GiB': round(peak, 2)}

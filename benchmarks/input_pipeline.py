@@ -27,7 +27,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from psp_jax.command_line import quieten_libraries
-from psp_jax.config import load_config
+from psp_jax.config_check import load_config
 from psp_jax.data.decode import decode_image, decode_label
 from psp_jax.data.pipeline import read_ahead, train_batches
 from psp_jax.data.sources import Source, files_source, make_source

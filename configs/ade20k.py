@@ -34,7 +34,7 @@ Data:     the folders of ADEChallengeData2016 in `data/ade20k` (or --config.data
 from ml_collections import ConfigDict
 
 from psp_jax.config import default_config, imagenet_weights, parse_arg, read_tfds, set_depth
-from psp_jax.config_check import choose
+from psp_jax.config_values import choose
 
 
 def get_config(arg: str = '') -> ConfigDict:

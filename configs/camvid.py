@@ -22,7 +22,7 @@ The validation frames are nearly consecutive frames of one clip: a difference of
 from ml_collections import ConfigDict
 
 from psp_jax.config import default_config, parse_arg, read_tfds, set_depth
-from psp_jax.config_check import choose
+from psp_jax.config_values import choose
 
 
 def get_config(arg: str = '') -> ConfigDict:

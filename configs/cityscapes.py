@@ -49,7 +49,7 @@ _leftImg8bit.png gtFine/$split/&_gtFine_labelTrainIds.png|" > fine_$split.txt; d
 from ml_collections import ConfigDict
 
 from psp_jax.config import default_config, imagenet_weights, parse_arg, read_tfds, set_depth
-from psp_jax.config_check import choose
+from psp_jax.config_values import choose
 
 
 def get_config(arg: str = '') -> ConfigDict:

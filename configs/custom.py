@@ -27,7 +27,7 @@ Fits:     one GPU of 80 GB: the compiled program needs 19.3 GiB on an H100 (docs
 from ml_collections import ConfigDict
 
 from psp_jax.config import default_config, imagenet_weights, parse_arg, set_depth
-from psp_jax.config_check import choose
+from psp_jax.config_values import choose
 
 LAYOUTS = {
     'dirs': ('images/train,labels/train', 'images/val,labels/val'),

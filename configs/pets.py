@@ -28,7 +28,7 @@ Each evaluation uses all of `test`. --config.data.val='test[:200]' is quicker.
 from ml_collections import ConfigDict
 
 from psp_jax.config import default_config, imagenet_weights, parse_arg, read_tfds, set_depth
-from psp_jax.config_check import choose
+from psp_jax.config_values import choose
 
 BORDERS = {
     'ignore': ('background,pet', '{2: 0, 3: 255}'),

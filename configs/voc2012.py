@@ -44,7 +44,7 @@ Data:     VOCdevkit/VOC2012 in `data/voc2012` (or --config.data.root=DIR), and w
 from ml_collections import ConfigDict
 
 from psp_jax.config import default_config, imagenet_weights, parse_arg, read_tfds, set_depth
-from psp_jax.config_check import choose
+from psp_jax.config_values import choose
 
 
 def get_config(arg: str = '') -> ConfigDict:

@@ -1,47 +1,23 @@
-"""The configuration: every key with its default, its meaning and its legal values.
+"""The configuration: every key with its default and its meaning.
 
 A config file (`configs/*.py`) defines `get_config(arg: str = '') -> ConfigDict`, which starts from
 `default_config()`. The text behind the colon of `configs/ade20k.py:depth=101` is its `arg`, and
-`--config.key=value` on the command line has the last word.
+`--config.key=value` on the command line has the last word. config_check.py loads and checks it.
 """
 
-import difflib
-import fnmatch
-import importlib.util
 import json
-import os
 import re
-import traceback
-from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from psp_jax.config_check import as_text, check_values, parsed, typed
+from psp_jax.config_values import as_text, nearest, parsed
 from psp_jax.errors import UserError
-
-# Keys that a resumed run may change, since none of them has a part in what the parameters become.
-# `total_steps` is not among them: the learning rate's decay is a function of it.
-FREE_ON_RESUME = (
-    'log_every',
-    'hang_seconds',
-    'eval_every',
-    'checkpoint_every',
-    'checkpoint_keep',
-    'optimizer.recipe_batch_size',
-    'eval.*',
-    'mesh.*',
-    'data.root',
-    'data.threads',
-    'data.on_error',
-    'data.val',
-    'data.test',
-)
 
 
 def default_config() -> ConfigDict:
-    """Every key there is, set to PSPNet-50 as its paper trains it; locked against new keys."""
+    """Every key there is, set to PSPNet-50 as its paper trains it."""
     config = _group(
         seed=0,  # of the initialisation, the data order, the augmentation and dropout
         batch_size=16,  # images a step, over all devices and hosts
@@ -55,6 +31,9 @@ def default_config() -> ConfigDict:
         # checkpoint of another run; two files with a comma; '' = random.
         init_from='',
         init_skip='',  # parameters that start fresh all the same: patterns, comma-separated
+        # Python modules, comma-separated, that are imported first and may add entries to the tables
+        # of backbones, contexts, losses, optimizers, label spaces and protocols.
+        custom_imports='',
         dtype='float32',  # of activations: float32 | bfloat16 | float64 (for exact comparisons)
     )
     config.mesh = _group(
@@ -88,13 +67,17 @@ def default_config() -> ConfigDict:
         threads=0,  # that read and augment on each host; 0 = one a core
     )
     config.model = _group(
+        backbone='resnet',  # an entry of BACKBONES (model/backbones.py)
         depth=50,  # ResNet: 18 | 34 | 50 | 101 | 152 | 269
         stem='deep',  # deep (3x3: 64, 64, 128) | deep_small (3x3: 32, 32, 64) | conv7 (7x7: 64)
         # full: every block of stage 3 dilates 2 and of stage 4 dilates 4 (semseg);
         # contract: the first block of each half as much (mmsegmentation, torchvision);
         # contract_first: besides, only the first 3x3 of a basic block (mmsegmentation's ResNet-18).
         dilation='full',
-        bins=(1, 2, 3, 6),  # grids of the pyramid; () = the plain dilated FCN, no pyramid
+        # Between backbone and head: pyramid | none (the plain dilated FCN), or another entry of
+        # CONTEXTS (model/contexts.py).
+        context='pyramid',
+        bins=(1, 2, 3, 6),  # grids of the pyramid; () = as context='none'
         pool='average',  # average | max, within a bin
         reduce=True,  # 1x1 convolution to 1/N of the channels on each of the N levels
         head_width=512,  # channels of the head's 3x3 convolution
@@ -103,16 +86,18 @@ def default_config() -> ConfigDict:
         align_corners=True,  # corner pixels of features and image coincide when resizing
     )
     config.loss = _group(
+        name='cross_entropy',  # an entry of LOSSES (losses.py)
         aux_weight=0.4,  # of the auxiliary loss; 0 = no auxiliary head
     )
     config.optimizer = _group(
+        name='sgd',  # sgd | adamw, or another entry of OPTIMIZERS (optimizer.py)
         learning_rate=0.01,  # of the backbone, before warm-up and decay
         power=0.9,  # of the decay (1 - step / total_steps) ** power
-        momentum=0.9,
+        momentum=0.9,  # of SGD; of AdamW its beta1
         weight_decay=1e-4,
         decay_norm_and_bias=True,  # weight decay on BatchNorm and biases too (semseg)
-        head_multiplier=10.0,  # learning rate of pyramid and heads over the backbone's
-        warmup_steps=0,  # steps of linear warm-up, whose n-th takes n/w of the rate; 0 = none
+        head_multiplier=10.0,  # learning rate of all that is not backbone over the backbone's
+        warmup_steps=0,  # linear warm-up before the decay, whose n-th step takes n/w of the rate
         recipe_batch_size=16,  # that learning_rate was chosen for; a line is logged if it differs
     )
     config.eval = _group(
@@ -130,67 +115,7 @@ def default_config() -> ConfigDict:
         save_predictions=False,  # write every prediction as the data set's server takes it
         panels=4,  # pictures of image, label and prediction that are kept
     )
-    return config.lock()
-
-
-def load_config(path_with_args: str, overrides: Iterable[str] = ()) -> ConfigDict:
-    """The checked configuration of `configs/X.py[:arg=value,...]` and `--config.key=value` flags.
-
-    Raises UserError for a missing file, an unknown argument or key, a wrong type or illegal value.
-    """
-    path, arg = split_path(path_with_args)
-    if not os.path.isfile(path):
-        raise UserError(f'--config={path}: there is no such file')
-    spec = importlib.util.spec_from_file_location('psp_jax_user_config', path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
-        line = getattr(error, 'lineno', None)
-        where = f'{path}, line {line}' if line else path
-        raise UserError(f'{where}: the config file cannot be loaded ({error})') from error
-    if not hasattr(module, 'get_config'):
-        raise UserError(f"{path}: defines no function get_config(arg: str = '')")
-    try:
-        made = module.get_config(arg)
-    except (AttributeError, KeyError) as error:
-        message = _unknown_key(error)
-        if message is None:
-            raise
-        raise UserError(message) from error
-    if not isinstance(made, ConfigDict):
-        raise UserError(f'{path}: get_config returned {type(made).__name__}, not a ConfigDict')
-    return resolve(flatten(made), overrides)
-
-
-def resolve(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> ConfigDict:
-    """The checked configuration of flat `values` ('data.crop': 473), defaults and overrides.
-
-    Raises UserError for an unknown key, a wrong type or an illegal value.
-    """
-    config = default_config()
-    for key, value in values.items():
-        _assign(config, key, value)
-    apply_overrides(config, overrides)
-    check_config(config)
     return config
-
-
-def split_path(path_with_args: str) -> tuple[str, str]:
-    """'configs/ade20k.py:depth=101' -> ('configs/ade20k.py', 'depth=101')."""
-    match = re.fullmatch(r'(.+?\.py)(?::(.*))?', path_with_args)
-    if not match:
-        raise UserError(
-            f'--config={path_with_args}: expected a Python file and, behind a colon, '
-            'its arguments, as in configs/ade20k.py:depth=101'
-        )
-    return match[1], match[2] or ''
-
-
-def config_name(path_with_args: str) -> str:
-    """'configs/ade20k.py:depth=101' -> 'ade20k'."""
-    return os.path.splitext(os.path.basename(split_path(path_with_args)[0]))[0]
 
 
 def parse_arg(arg: str, **defaults: Any) -> SimpleNamespace:
@@ -212,68 +137,6 @@ def parse_arg(arg: str, **defaults: Any) -> SimpleNamespace:
             )
         setattr(args, name, parsed(name, text, defaults[name]))
     return args
-
-
-def apply_overrides(config: ConfigDict, overrides: Iterable[str]) -> None:
-    """Sets `--config.key=value` or `--config.key`, `value` in place, typed as the defaults are.
-
-    Raises UserError for an unknown key, a missing value and a value of another type.
-    """
-    words = iter(overrides)
-    for word in words:
-        key, equals, text = word.partition('=')
-        key = key.removeprefix('--config.')
-        if not equals:
-            text = next(words, '--')
-            if text.startswith('--'):
-                raise UserError(f'--config.{key} needs a value, as in --config.{key}=VALUE')
-        _assign(config, key, parsed(key, text, _default(key)))
-
-
-def flatten(config: ConfigDict) -> dict[str, Any]:
-    """{'seed': 0, ..., 'data.crop': 473, ...} in the order of default_config."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items(preserve_field_references=False):
-        if isinstance(value, ConfigDict):
-            flat |= {f'{name}.{inner}': leaf for inner, leaf in flatten(value).items()}
-        else:
-            flat[name] = value
-    return flat
-
-
-def to_json(config: ConfigDict) -> str:
-    """JSON text, one line a key, in the order of default_config; tuples become lists."""
-    values = flatten(config)
-    order = [key for key in flatten(default_config()) if key in values]
-    lines = (f'  {json.dumps(key)}: {json.dumps(values[key])}' for key in order)
-    return '{\n' + ',\n'.join(lines) + '\n}\n'
-
-
-def from_json(text: str, overrides: Iterable[str] = ()) -> ConfigDict:
-    """What to_json wrote, lists as tuples again; keys that it lacks get their defaults."""
-    return resolve(
-        {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in json.loads(text).items()
-        },
-        overrides,
-    )
-
-
-def resume_differences(saved: ConfigDict, current: ConfigDict) -> list[str]:
-    """'key: old in the checkpoint, new now' for keys that differ and are not FREE_ON_RESUME."""
-    before, now = flatten(saved), flatten(current)
-    return [
-        f'{key}: {as_text(before[key])} in the checkpoint, {as_text(value)} now'
-        for key, value in now.items()
-        if before[key] != value
-        and not any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE_ON_RESUME)
-    ]
-
-
-def check_config(config: ConfigDict) -> None:
-    """Raises UserError naming the first key whose value is not legal."""
-    check_values(flatten(config))
 
 
 def set_depth(config: ConfigDict, depth: int) -> None:
@@ -299,53 +162,25 @@ def imagenet_weights(depth: int) -> str:
     return f'hf://timm/resnet{depth}s.gluon_in1k' if depth in (50, 101, 152) else ''
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The one of `names` most like `name`, whole or by the part behind the last dot."""
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """{'seed': 0, ..., 'data.crop': 473, ...} in the order of default_config."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items(preserve_field_references=False):
+        if isinstance(value, ConfigDict):
+            flat |= {f'{name}.{inner}': leaf for inner, leaf in flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat
 
-    def likeness(other: str) -> float:
-        pairs = ((name, other), (name.split('.')[-1], other.split('.')[-1]))
-        return sum(difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs)
 
-    return max(names, key=likeness)
+def to_json(config: ConfigDict) -> str:
+    """JSON text, one line a key, in the order of default_config; tuples become lists."""
+    values = flatten(config)
+    order = [key for key in flatten(default_config()) if key in values]
+    lines = (f'  {json.dumps(key)}: {json.dumps(values[key])}' for key in order)
+    return '{\n' + ',\n'.join(lines) + '\n}\n'
 
 
 def _group(**values: Any) -> ConfigDict:
     # type_safe=False, since data.crop may be an int or a tuple; typed() is stricter anyway
     return ConfigDict(values, type_safe=False, sort_keys=False)
-
-
-def _default(key: str) -> Any:
-    """The key's default value, or the UserError that names the nearest key."""
-    defaults = flatten(default_config())
-    if key in defaults:
-        return defaults[key]
-    inside = [name for name in defaults if name.startswith(f'{key}.')]
-    if inside:
-        raise UserError(f'config key {key!r} is a group; its keys are {", ".join(inside)}')
-    raise UserError(f'config key {key!r} is unknown; did you mean {nearest(key, defaults)!r}?')
-
-
-def _assign(config: ConfigDict, key: str, value: Any) -> None:
-    """Sets a key by its dotted name after the check of name and type."""
-    value = typed(key, value, _default(key))
-    *groups, name = key.split('.')
-    for group in groups:
-        config = config[group]
-    config[name] = value
-
-
-def _unknown_key(error: AttributeError | KeyError) -> str | None:
-    """Where a config file uses which unknown key; None for any other error, a bug in the file.
-
-    A locked ConfigDict raises from its own module, quoting the key first.
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    quoted = re.search(r'["\'](\w+)["\']', str(error).replace('\\', ''))
-    if 'ml_collections' not in frames[-1].filename or not quoted:
-        return None
-    place = next(frame for frame in reversed(frames) if 'ml_collections' not in frame.filename)
-    keys = [*flatten(default_config()), *default_config()]
-    return (
-        f'{place.filename}, line {place.lineno}: config key {quoted[1]!r} is unknown; '
-        f'did you mean {nearest(quoted[1], keys)!r}?'
-    )

@@ -1,13 +1,167 @@
-"""Which types and values the keys of a configuration may have."""
+"""A configuration from its file, its flags or its JSON, checked key by key.
 
-import ast
+Legal names are read from the tables themselves, so that a new entry is legal at once.
+"""
+
+import fnmatch
+import importlib
+import importlib.util
+import json
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+from ml_collections import ConfigDict
+
+from psp_jax.config import default_config, flatten
+from psp_jax.config_values import as_text, choose, nearest, parsed, typed
 from psp_jax.errors import UserError
+from psp_jax.inference.protocols import PROTOCOLS
+from psp_jax.losses import LOSSES
+from psp_jax.model.backbones import BACKBONES
+from psp_jax.model.contexts import CONTEXTS
+from psp_jax.model.geometry import STRIDE
+from psp_jax.model.pyramid_pooling import POOLS
+from psp_jax.model.resnet import BLOCKS, DILATIONS, STEMS
+from psp_jax.optimizer import OPTIMIZERS
 
-T = TypeVar('T')
+# Keys that a resumed run may change, since none of them has a part in what the parameters become.
+# `total_steps` is not among them: the learning rate's decay is a function of it.
+FREE_ON_RESUME = (
+    'log_every',
+    'hang_seconds',
+    'eval_every',
+    'checkpoint_every',
+    'checkpoint_keep',
+    'optimizer.recipe_batch_size',
+    'eval.*',
+    'mesh.*',
+    'data.root',
+    'data.threads',
+    'data.on_error',
+    'data.val',
+    'data.test',
+)
+
+
+def load_config(path_with_args: str, overrides: Iterable[str] = ()) -> ConfigDict:
+    """The checked configuration of `configs/X.py[:arg=value,...]` and `--config.key=value` flags.
+
+    Raises UserError for a missing file, an unknown argument or key, and a wrong or illegal value.
+    """
+    path, arg = split_path(path_with_args)
+    if not os.path.isfile(path):
+        raise UserError(f'--config={path}: there is no such file')
+    spec = importlib.util.spec_from_file_location('psp_jax_user_config', path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        line = getattr(error, 'lineno', None)
+        where = f'{path}, line {line}' if line else path
+        raise UserError(f'{where}: the config file cannot be loaded ({error})') from error
+    if not hasattr(module, 'get_config'):
+        raise UserError(f"{path}: defines no function get_config(arg: str = '')")
+    try:
+        made = module.get_config(arg)
+    except (AttributeError, KeyError) as error:
+        reason = ' '.join(str(error).replace('\\n', ' ').split())
+        raise UserError(f'{path}: reads a key that there is not ({reason})') from error
+    if not isinstance(made, ConfigDict):
+        raise UserError(f'{path}: get_config returned {type(made).__name__}, not a ConfigDict')
+    return resolve(flatten(made), overrides, where=f'{path}: ')
+
+
+def resolve(
+    values: Mapping[str, Any], overrides: Iterable[str] = (), where: str = ''
+) -> ConfigDict:
+    """The checked configuration of flat `values` ('data.crop': 473), defaults and overrides.
+
+    Raises UserError for an unknown key, a wrong type or an illegal value; the message of the first
+    two begins with `where` if it is about `values`.
+    """
+    config = default_config().lock()
+    for key, value in values.items():
+        try:
+            _assign(config, key, value)
+        except UserError as error:
+            raise UserError(f'{where}{error}') from error
+    apply_overrides(config, overrides)
+    import_custom(config)
+    check_values(flatten(config))
+    return config
+
+
+def import_custom(config: ConfigDict) -> None:
+    """Imports the modules of config.custom_imports, which add entries to the tables.
+
+    Raises UserError if there is no such module.
+    """
+    for name in filter(None, map(str.strip, config.custom_imports.split(','))):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(
+                f'custom_imports={config.custom_imports}: cannot import {name} ({error}); name '
+                'modules of the current folder or of PYTHONPATH'
+            ) from error
+
+
+def from_json(text: str, overrides: Iterable[str] = ()) -> ConfigDict:
+    """What to_json wrote, lists as tuples again; keys that it lacks get their defaults."""
+    return resolve(
+        {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in json.loads(text).items()
+        },
+        overrides,
+    )
+
+
+def split_path(path_with_args: str) -> tuple[str, str]:
+    """'configs/ade20k.py:depth=101' -> ('configs/ade20k.py', 'depth=101')."""
+    match = re.fullmatch(r'(.+?\.py)(?::(.*))?', path_with_args)
+    if not match:
+        raise UserError(
+            f'--config={path_with_args}: expected a Python file and, behind a colon, '
+            'its arguments, as in configs/ade20k.py:depth=101'
+        )
+    return match[1], match[2] or ''
+
+
+def config_name(path_with_args: str) -> str:
+    """'configs/ade20k.py:depth=101' -> 'ade20k'."""
+    return os.path.splitext(os.path.basename(split_path(path_with_args)[0]))[0]
+
+
+def apply_overrides(config: ConfigDict, overrides: Iterable[str]) -> None:
+    """Sets `--config.key=value` or `--config.key`, `value` in place, typed as the defaults are.
+
+    Raises UserError for an unknown key, a missing value and a value of another type.
+    """
+    words = iter(overrides)
+    for word in words:
+        key, equals, text = word.partition('=')
+        key = key.removeprefix('--config.')
+        if not equals:
+            text = next(words, '--')
+            if text.startswith('--'):
+                raise UserError(f'--config.{key} needs a value, as in --config.{key}=VALUE')
+        _assign(config, key, parsed(key, text, _default(key)))
+
+
+def resume_differences(saved: ConfigDict, current: ConfigDict) -> list[str]:
+    """'key: old in the checkpoint, new now' for keys that differ and are not FREE_ON_RESUME."""
+    before, now = flatten(saved), flatten(current)
+    return [
+        f'{key}: {as_text(before[key])} in the checkpoint, {as_text(value)} now'
+        for key, value in now.items()
+        if before[key] != value
+        and not any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE_ON_RESUME)
+    ]
 
 
 def check_values(flat: Mapping[str, Any]) -> None:
@@ -51,13 +205,17 @@ def check_values(flat: Mapping[str, Any]) -> None:
         )
 
 
-_CHOICES: dict[str, tuple[str | int, ...]] = {
+_CHOICES: dict[str, Iterable[Any]] = {
     'dtype': ('float32', 'bfloat16', 'float64'),
-    'model.depth': (18, 34, 50, 101, 152, 269),
-    'model.stem': ('deep', 'deep_small', 'conv7'),
-    'model.dilation': ('full', 'contract', 'contract_first'),
-    'model.pool': ('average', 'max'),
-    'eval.protocol': ('whole', 'semseg', 'caffe', 'mmseg', 'mmseg_slide'),
+    'model.backbone': BACKBONES,
+    'model.depth': BLOCKS,
+    'model.stem': STEMS,
+    'model.dilation': DILATIONS,
+    'model.context': CONTEXTS,
+    'model.pool': POOLS,
+    'loss.name': LOSSES,
+    'optimizer.name': OPTIMIZERS,
+    'eval.protocol': PROTOCOLS,
     'eval.flip': ('auto', 'true', 'false'),
     'eval.split': ('train', 'val', 'test'),
     'data.on_error': ('stop', 'skip'),
@@ -109,84 +267,38 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 
 def _check_crop(crop: int | tuple[int, int], align_corners: bool) -> None:
     for side in crop if isinstance(crop, tuple) else (crop,):
-        if side >= 9 and side % 8 == 1 or not align_corners and side >= 8 and side % 8 == 0:
+        rest = side % STRIDE
+        if side > STRIDE and rest == 1 or not align_corners and side >= STRIDE and rest == 0:
             continue
-        below = max(9, (side - 1) // 8 * 8 + 1)
-        legal = f'{below} or {below + 8}' if below < side else f'{below}'
+        below = max(STRIDE + 1, (side - 1) // STRIDE * STRIDE + 1)
+        legal = f'{below} or {below + STRIDE}' if below < side else f'{below}'
         if align_corners:
             raise UserError(
-                f'data.crop={crop}: a crop must be 8n + 1 ({legal}), so that the '
-                "network's stride of 8 meets both edges; "
-                'model.align_corners=false allows multiples of 8 too'
+                f'data.crop={crop}: a crop must be {STRIDE}n + 1 ({legal}), so that the '
+                f"network's stride of {STRIDE} meets both edges; "
+                f'model.align_corners=false allows multiples of {STRIDE} too'
             )
         raise UserError(
-            f'data.crop={crop}: a crop must be divisible by 8, or 8n + 1 ({legal}), '
-            "as the network's stride is 8"
+            f'data.crop={crop}: a crop must be divisible by {STRIDE}, or {STRIDE}n + 1 ({legal}), '
+            f"as the network's stride is {STRIDE}"
         )
 
 
-def choose(key: str, value: Any, table: Mapping[Any, T]) -> T:
-    """table[value]; raises UserError that lists the legal values if there is none."""
-    if value not in table:
-        raise UserError(f'{key}={as_text(value)}: must be one of {", ".join(map(str, table))}')
-    return table[value]
+def _default(key: str) -> Any:
+    """The key's default value, or the UserError that names the nearest key."""
+    defaults = flatten(default_config())
+    if key in defaults:
+        return defaults[key]
+    inside = [name for name in defaults if name.startswith(f'{key}.')]
+    if inside:
+        raise UserError(f'config key {key!r} is a group; its keys are {", ".join(inside)}')
+    raise UserError(f'config key {key!r} is unknown; did you mean {nearest(key, defaults)!r}?')
 
 
-def typed(key: str, value: Any, default: Any) -> Any:
-    """`value` in the type of `default` (int for float is welcome), or a UserError."""
-    if key == 'data.crop':
-        if (
-            _is(value, int)
-            or _is(value, tuple)
-            and len(value) == 2
-            and all(_is(side, int) for side in value)
-        ):
-            return value
-        expected = 'an integer or (height, width)'
-    elif isinstance(default, tuple):
-        kind = type(default[0])
-        if _is(value, tuple) and all(_is(item, kind) for item in value):
-            return tuple(kind(item) for item in value)
-        expected = f'a tuple of {_KINDS[kind][1]}, such as {as_text(default)}'
-    else:
-        if _is(value, type(default)):
-            return type(default)(value)
-        expected = _KINDS[type(default)][0]
-    raise UserError(
-        f'{key}={as_text(value)}: expected {expected}, got {value!r} ({type(value).__name__})'
-    )
-
-
-_KINDS = {
-    bool: ('true or false', 'booleans'),
-    int: ('an integer', 'integers'),
-    float: ('a number', 'numbers'),
-    str: ('text', 'texts'),
-}
-
-
-def _is(value: Any, kind: type) -> bool:
-    """isinstance, but a bool is no number, and an int is a float."""
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def parsed(key: str, text: str, default: Any) -> Any:
-    """The value that command-line text stands for, in the type of `default`, or a UserError."""
-    value: Any = text
-    if isinstance(default, bool):
-        value = {'true': True, 'false': False}.get(text.lower(), text)
-    elif not isinstance(default, str):
-        try:
-            value = float(text) if isinstance(default, float) else ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            value = text
-        if isinstance(default, tuple) and isinstance(value, (int, float)):
-            value = (value,)  # a tuple of one is '(6)' to anyone but Python
-    return typed(key, value, default)
-
-
-def as_text(value: Any) -> str:
-    """As it is written on the command line; the empty text as ''."""
-    return str(value).lower() if isinstance(value, bool) else str(value) or "''"
+def _assign(config: ConfigDict, key: str, value: Any) -> None:
+    """Sets a key by its dotted name after the check of name and type."""
+    value = typed(key, value, _default(key))
+    *groups, name = key.split('.')
+    for group in groups:
+        config = config[group]
+    config[name] = value

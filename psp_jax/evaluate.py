@@ -28,7 +28,7 @@ from psp_jax.model.geometry import Size
 from psp_jax.predict import Predictor, labels_png
 from psp_jax.report import console, html, pictures
 from psp_jax.runtime import checkpoint, cluster, preemption
-from psp_jax.state import restore_variables
+from psp_jax.state import Setup, setup
 
 
 class Panel(NamedTuple):
@@ -58,11 +58,11 @@ class Result(NamedTuple):
     panels: dict[int, Panel]  # some images by their number; of the first process only
 
 
-class Evaluator(NamedTuple):
+class Evaluator:
     """The compiled evaluation of a split; see `make_evaluator`."""
 
-    evaluate: Callable[..., Result]
-    panels: Callable[..., dict[int, Panel]]
+    def __init__(self, run: Setup, source: Source):
+        self.evaluate, self.panels = make_evaluator(run.config, run.model, source)
 
 
 def score(probabilities: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
@@ -73,10 +73,10 @@ def score(probabilities: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
     confusion = metrics.confusion_matrix(predictions, labels, probabilities.shape[-1])
     tiny = jnp.finfo(probabilities.dtype).tiny
     logits = jnp.log(jnp.maximum(probabilities, tiny))
-    return confusion, *losses.pixel_cross_entropy(logits, labels), predictions
+    return confusion, *losses.cross_entropy(logits, labels), predictions
 
 
-def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> Evaluator:
+def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> Any:
     """The scoring of every image of `source` once, and the panels of some.
 
     `evaluate(variables, step, write=None)` gives the Result; `write(number, prediction)` gets
@@ -199,7 +199,7 @@ def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> 
         spread = np.linspace(0, source.length - 1, kept).round().astype(int).tolist()
         return Result(scores, confusion, each, panels(variables, spread))
 
-    return Evaluator(evaluate, panels)
+    return evaluate, panels
 
 
 def sum_over_processes(tree: Any) -> Any:
@@ -343,7 +343,8 @@ def evaluate_checkpoint(
         raise UserError(f'{folder}: cannot be written ({error.message}); set --workdir') from error
     source = make_source(config.data, config.eval.split)
     check_source(source)
-    variables = restore_variables(config, path, step)
+    run = setup(config)
+    variables = checkpoint.restore_variables(run, path, step)
     labelled = can_be_scored(source, config.data.threads)
     saves = config.eval.save_predictions or not labelled
     write = prediction_writer(source, folder, config) if saves else None
@@ -355,7 +356,7 @@ def evaluate_checkpoint(
         f'evaluating {where} on {source.length} images of {config.eval.split!r} by protocol '
         f'{config.eval.protocol}'
     )
-    evaluator = make_evaluator(config, pspnet.build(config), source)
+    evaluator = Evaluator(run, source)
     result = evaluator.evaluate(variables, step, write)
     write_result(result, workdir, config)
     chosen = ranked(result.each)

@@ -19,7 +19,7 @@ from psp_jax.model.geometry import crop_size
 from psp_jax.model.resample import resize
 from psp_jax.report import console
 from psp_jax.runtime import checkpoint
-from psp_jax.state import restore_variables
+from psp_jax.state import setup
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')  # that one program is for
 
@@ -78,9 +78,9 @@ def export_program(
     """
     path, step = checkpoint.find(workdir, which)
     config = config or checkpoint.config_of(path, step, overrides)
-    variables = restore_variables(config, path, step)
-    model = pspnet.build(config)
-    exported = program(model, config, jax.device_get(variables))
+    run = setup(config)
+    variables = checkpoint.restore_variables(run, path, step)
+    exported = program(run.model, config, jax.device_get(variables))
     with whole_file(output) as unfinished, open(unfinished, 'wb') as file:
         file.write(exported.serialize())
     (images,), (logits,) = exported.in_avals, exported.out_avals

@@ -19,8 +19,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from psp_jax.command_line import Parser, exit_code, quieten_libraries, split_overrides
-from psp_jax.config import flatten, load_config, to_json
-from psp_jax.config_check import as_text
+from psp_jax.config import flatten, to_json
+from psp_jax.config_check import load_config
+from psp_jax.config_values import as_text
 from psp_jax.errors import UserError
 from psp_jax.weights.files import Arrays, is_checkpoint, read_file
 from psp_jax.weights.formats import COUNTERS, FORMATS, LEAVES, OURS, Format
@@ -341,23 +342,20 @@ def initial_variables(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
     """`params` and `batch_stats` from `config.init_from`, what it lacks fresh; and the report."""
     import jax
 
-    from psp_jax.model import pspnet
     from psp_jax.runtime.checkpoint import named_leaves
-    from psp_jax.state import enable_float64, init_variables
+    from psp_jax.state import new_state, setup
 
-    enable_float64(config)
-    model = pspnet.build(config)
-    shapes = jax.eval_shape(lambda: init_variables(model, config.seed))
-    wanted = named_leaves(shapes)
+    run = setup(config)
+    wanted = named_leaves(run.variables)
     weights = load(config.init_from, config, wanted)
 
     @jax.jit
     def fresh() -> Arrays:
-        leaves = named_leaves(init_variables(model, config.seed))
+        leaves = named_leaves(new_state(run).variables)
         return {name: leaf for name, leaf in leaves.items() if name not in weights.arrays}
 
     values = weights.arrays if len(weights.arrays) == len(wanted) else weights.arrays | fresh()
-    tree = jax.tree.unflatten(jax.tree.structure(shapes), [values[name] for name in wanted])
+    tree = jax.tree.unflatten(jax.tree.structure(run.variables), [values[n] for n in wanted])
     return tree, weights.report
 
 

@@ -8,42 +8,70 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from ml_collections import ConfigDict
 
 from psp_jax.data.labels import IGNORE
-from psp_jax.model.geometry import STRIDE
-from psp_jax.model.resample import apply_matrices
-
-ROWS = 32  # of the full resolution, held as float logits at a time
+from psp_jax.model.geometry import STRIDE, Size
+from psp_jax.model.resample import resize_matrix
 
 
-def map_row_blocks(
-    fn: Callable[[jax.Array, jax.Array], Any],
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sum of the softmax cross-entropy over the pixels whose label is not 255, and their number.
+
+    logits [..., C], labels uint8 [...]: a float and an int32 scalar.
+    """
+    valid = labels != IGNORE
+    chosen = labels[..., None] == jnp.arange(logits.shape[-1], dtype=labels.dtype)
+    picked = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
+    losses = jax.nn.logsumexp(logits, axis=-1) - picked
+    return jnp.sum(jnp.where(valid, losses, 0)), jnp.sum(valid, dtype=jnp.int32)
+
+
+# The losses that `loss.name` can name: (logits [..., C], labels uint8 [...]) of a block of pixels
+# -> its sum and the weight to divide by, each summed over all blocks of the global batch.
+Loss = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+LOSSES: dict[str, Loss] = {'cross_entropy': cross_entropy}
+
+
+def training_losses(
+    outputs: tuple[jax.Array, jax.Array | None],
+    labels_BHW: jax.Array,
+    size: Size,
+    config: ConfigDict,
+) -> dict[str, jax.Array]:
+    """Scalars `loss_main`, `loss_aux` (with an auxiliary head) and their weighted sum `loss`.
+
+    outputs: the network's (logits, aux_logits); size: of the images. Labels may have more rows,
+    which must be 255.
+    """
+    logits, aux_logits = outputs
+    loss = LOSSES[config.loss.name]
+    corners = config.model.align_corners
+    losses = {'loss_main': segmentation_loss(logits, labels_BHW, size, corners, loss)}
+    total = losses['loss_main']
+    if aux_logits is not None:
+        losses['loss_aux'] = segmentation_loss(aux_logits, labels_BHW, size, corners, loss)
+        total += config.loss.aux_weight * losses['loss_aux']
+    return {'loss': total, **losses}
+
+
+def segmentation_loss(
     logits_BhwC: jax.Array,
     labels_BHW: jax.Array,
-    rows_Hh: np.ndarray | jax.Array,
-    columns_Ww: np.ndarray | jax.Array,
-) -> Any:
-    """Resizes the logits and calls `fn`, `ROWS` rows of the labels' resolution at a time.
+    size: Size,
+    align_corners: bool,
+    loss: Loss = cross_entropy,
+) -> jax.Array:
+    """`loss` of the logits up-sampled to `size`, its sum over its weight in the *global* batch.
 
-    fn(logits [B, ROWS, W, C], labels [B, ROWS, W]) gives any tree of arrays; the trees come back
-    stacked on a new first axis. The last block is filled with ignored labels. Logits are of
-    float32 or better. The backward pass makes each block again instead of keeping it.
+    Zero, with zero gradients, if the weight is zero, as without a valid pixel.
     """
-    exact = jnp.promote_types(logits_BhwC.dtype, jnp.float32)
-    logits_BhwC = logits_BhwC.astype(exact)
-    batch, height, width = labels_BHW.shape
-    size = min(ROWS, height)
-    filler = -height % size
-    labels = jnp.pad(labels_BHW, ((0, 0), (0, filler), (0, 0)), constant_values=IGNORE)
-    labels = labels.reshape(batch, -1, size, width).swapaxes(0, 1)
-    rows = jnp.pad(jnp.asarray(rows_Hh, exact), ((0, filler), (0, 0)))
-    rows = rows.reshape(len(labels), size, -1)
-
-    @jax.checkpoint
-    def block(rows, labels):
-        return fn(apply_matrices(logits_BhwC, rows, columns_Ww), labels)
-
-    return lax.map(lambda args: block(*args), (rows, labels))
+    rows, columns = (
+        resize_matrix(logits_BhwC.shape[axis + 1], size[axis], align_corners) for axis in (0, 1)
+    )
+    sums, weights = map_row_phases(loss, logits_BhwC, labels_BHW, rows, columns)
+    weight = jnp.sum(weights)
+    return jnp.sum(sums) / jnp.where(weight > 0, weight, 1)
 
 
 def map_row_phases(
@@ -53,16 +81,21 @@ def map_row_phases(
     rows_Hh: np.ndarray,
     columns_Ww: np.ndarray,
 ) -> Any:
-    """`map_row_blocks` for images that are split in height over devices.
+    """Resizes the logits by the matrices and calls `fn` on every `STRIDE`-th row at a time.
 
-    Takes every `STRIDE`-th row at a time, not `ROWS` neighbours: so each device has a share of
-    every block, and all it needs of the others are the few rows of logits beside its own. Labels
-    have whole cells of `STRIDE` rows, as many for each device; those beyond the matrix's are 255.
+    fn(logits [B, n, W, C], labels [B, n, W]) gives any tree of arrays; the trees come back stacked
+    on a new first axis of `STRIDE`. Rows of labels beyond the matrix must be 255. Logits are of
+    float32 or better. The backward pass computes each block again instead of keeping it.
+
+    Images that are split in height over devices take the same path: every device has a share of
+    every block, and needs of its neighbours only the few rows of logits beside its own.
     """
     exact = jnp.promote_types(logits_BhwC.dtype, jnp.float32)
-    batch, height, width = labels_BHW.shape
+    filler = -labels_BHW.shape[1] % STRIDE
+    labels = jnp.pad(labels_BHW, ((0, 0), (0, filler), (0, 0)), constant_values=IGNORE)
+    batch, height, width = labels.shape
     cells = height // STRIDE
-    labels = jnp.moveaxis(labels_BHW.reshape(batch, cells, STRIDE, width), 2, 0)
+    labels = jnp.moveaxis(labels.reshape(batch, cells, STRIDE, width), 2, 0)
     bands = row_bands(rows_Hh, cells)
     logits = logits_BhwC.astype(exact)
     below = cells - logits.shape[1]
@@ -97,31 +130,3 @@ def row_bands(rows_Hh: np.ndarray, cells: int) -> dict[int, np.ndarray]:
         band[row[on] % STRIDE, row[on] // STRIDE] = rows_Hh[row[on], column[on]]
         bands[offset] = band
     return bands
-
-
-def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sum of the softmax cross-entropy over the pixels whose label is not 255, and their number.
-
-    logits [..., C], labels uint8 [...]: a float and an int32 scalar.
-    """
-    valid = labels != IGNORE
-    chosen = labels[..., None] == jnp.arange(logits.shape[-1], dtype=labels.dtype)
-    picked = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
-    losses = jax.nn.logsumexp(logits, axis=-1) - picked
-    return jnp.sum(jnp.where(valid, losses, 0)), jnp.sum(valid, dtype=jnp.int32)
-
-
-def segmentation_loss(
-    logits_BhwC: jax.Array,
-    labels_BHW: jax.Array,
-    rows_Hh: np.ndarray,
-    columns_Ww: np.ndarray,
-    map_rows: Callable[..., Any] = map_row_blocks,
-) -> jax.Array:
-    """Cross-entropy of the up-sampled logits, mean over the valid pixels of the *global* batch.
-
-    Zero, with zero gradients, where no pixel is valid. `map_rows`: `map_row_phases` for images that
-    are split in height over devices.
-    """
-    sums, counts = map_rows(pixel_cross_entropy, logits_BhwC, labels_BHW, rows_Hh, columns_Ww)
-    return jnp.sum(sums) / jnp.maximum(jnp.sum(counts), 1)

@@ -109,7 +109,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument('--process_id', metavar='I', type=int, help='with it: which, from 0')
     flags, unknown = parser.parse_known_args(words)
     if unknown and unknown[0].startswith('-'):
-        from psp_jax.config import nearest
+        from psp_jax.config_values import nearest
 
         flag = unknown[0].partition('=')[0]
         parser.error(f'flag {flag} is unknown; did you mean {nearest(flag, FLAGS)}?')
@@ -143,7 +143,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def run(argv: Sequence[str]) -> None:
     """Does what the flags say; raises UserError for what is the user's to mend."""
     flags, overrides = parse_flags(argv)
-    from psp_jax.config import config_name, load_config
+    from psp_jax.config_check import config_name, load_config
 
     config = load_config(flags.config, overrides) if flags.config else None
     name = (

@@ -4,10 +4,12 @@ The mesh has two axes. 'data' divides the batch. 'space' divides each image in h
 neighbouring devices, which exchange the few rows beside their cuts; the compiler writes that.
 """
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from psp_jax.data.labels import IGNORE
 from psp_jax.errors import UserError
-from psp_jax.model.geometry import STRIDE
-
-CUT_IN_HEIGHT = ('image', 'label')  # arrays [B, H, W, ...] of a training batch
-_REACH = 4  # rows that layer4's dilated convolution looks to each side: the most of the network
+from psp_jax.model.geometry import STRIDE, Size, cells
 
 
 def make_mesh(
@@ -27,8 +26,8 @@ def make_mesh(
     """A ('data', 'space') mesh of `data` x `space` of `devices`, by default all of this run's.
 
     data=-1 takes them all. Devices beside each other on 'space' are of one process, so that every
-    process reads whole images. Raises UserError where the devices do not suffice or do not divide,
-    or where the global batch does not divide over 'data'.
+    process reads whole images. Raises UserError if the devices do not suffice or do not divide,
+    or if the global batch does not divide over 'data'.
     """
     # By process: those of a TPU host are not always numbered one after the other.
     devices = sorted(
@@ -80,66 +79,85 @@ def split_batch(mesh: Mesh) -> NamedSharding:
 
 
 def split_images(mesh: Mesh) -> NamedSharding:
-    """How 'image' and 'label' of a training batch lie: as the rest where 'space' has one device."""
-    axes = ('data', 'space') if is_cut(mesh) else ('data',)
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    """How 'image' and 'label' of a training batch lie: split in height, too."""
+    return NamedSharding(mesh, PartitionSpec('data', 'space'))
 
 
-def is_cut(mesh: Mesh) -> bool:
-    """Whether images are split in height."""
-    return mesh.shape['space'] > 1
+def rows_reached(model: nn.Module, variables: Any, size: Size) -> int:
+    """The most rows of features that a module of the network looks to each side.
+
+    variables: arrays or shapes; size: of the images. Modules say their `reach` in rows of their
+    own input (model/layers.py).
+    """
+    reached = 0
+
+    def look(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        nonlocal reached
+        reach = getattr(context.module, 'reach', 0)
+        if reach:
+            reached = max(reached, math.ceil(reach * cells(size[0]) / args[0].shape[1]))
+        return call(*args, **kwargs)
+
+    images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    with nn.intercept_methods(look):
+        jax.eval_shape(lambda v, x: model.apply(v, x, False), variables, images)
+    return reached
 
 
-def check_cut(height: int, mesh: Mesh) -> None:
-    """Raises UserError where images of this height are too low for the mesh.
+def check_cut(mesh: Mesh, model: nn.Module, variables: Any, size: Size) -> None:
+    """Raises UserError if images of this (height, width) are too low for the mesh.
 
-    Convolutions would reach beyond the neighbours of a device: all rows would have to be brought
+    Convolutions would reach beyond a device's neighbours: all rows would have to be brought
     together, and XLA's partitioner gets some of the gradients wrong (seen on CPUs at height 9).
     """
-    rows, space = -(-height // STRIDE), mesh.shape['space']
-    if is_cut(mesh) and -(-rows // space) < _REACH:
+    space = mesh.shape['space']
+    if space == 1:
+        return
+    rows, reached = cells(size[0]), rows_reached(model, variables, size)
+    if -(-rows // space) < reached:
         raise UserError(
-            f'mesh.space={space}: images of height {height} have {rows} rows of features, and each '
-            f'device needs {_REACH}: take mesh.space={max(rows // _REACH, 1)}'
+            f'mesh.space={space}: images of height {size[0]} have {rows} rows of features, and '
+            f'each device needs {reached}: take mesh.space={max(rows // reached, 1)}'
         )
 
 
 def padded_height(height: int, mesh: Mesh) -> int:
-    """Rows of 'image' and 'label' on the mesh: whole rows of features for each device."""
-    rows = STRIDE * mesh.shape['space'] if is_cut(mesh) else 1
+    """Rows of 'image' and 'label' on the mesh: a whole number of cells for each device."""
+    space = mesh.shape['space']
+    rows = STRIDE * space if space > 1 else 1
     return -(-height // rows) * rows
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Each process's rows of a batch as global arrays, split over 'data'.
+def put_batch(tree: Any, mesh: Mesh) -> Any:
+    """Each process's rows of a tree of arrays [B, ...] as global arrays, split over 'data'."""
+    sharding = split_batch(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
-    Where 'space' has several devices the batch is a dict, whose 'image' and 'label' [B, H, ...] are
-    split in height besides, with rows of zeros below up to `padded_height`: `cut_images` takes them
-    off.
+
+def put_images(image: np.ndarray, label: np.ndarray, mesh: Mesh) -> dict[str, jax.Array]:
+    """A training batch {'image', 'label'} from each process's rows, split over 'data' and 'space'.
+
+    image uint8 [B, H, W, 3], label uint8 [B, H, W]. Both get rows below up to `padded_height`, of
+    zeros and of 255; `cut_images` takes those of the images off.
     """
-    if not is_cut(mesh):
-        sharding = split_batch(mesh)
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
-    placed = {}
-    for name, x in batch.items():
-        sharding = split_batch(mesh)
-        if name in CUT_IN_HEIGHT:
-            sharding = split_images(mesh)
-            below = padded_height(x.shape[1], mesh) - x.shape[1]
-            x = np.pad(x, ((0, 0), (0, below), *((0, 0),) * (x.ndim - 2)))
-        placed[name] = jax.make_array_from_process_local_data(sharding, x)
-    return placed
+    below = padded_height(label.shape[1], mesh) - label.shape[1]
+    if below:
+        image = np.pad(image, ((0, 0), (0, below), (0, 0), (0, 0)))
+        label = np.pad(label, ((0, 0), (0, below), (0, 0)), constant_values=IGNORE)
+    sharding = split_images(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, x)
+        for name, x in (('image', image), ('label', label))
+    }
 
 
-def cut_images(batch: dict[str, jax.Array], height: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-    """Within jit: images [B, height, W, 3], split in height still, and labels [B, padded, W].
-
-    What lies below `height` has no part in either: the labels there are 255, whatever they were.
-    """
-    # The slice's rows do not divide over the devices: without the constraint they might lie anyhow.
-    images = jax.lax.with_sharding_constraint(batch['image'][:, :height], split_images(mesh))
-    inside = jnp.arange(batch['label'].shape[1]) < height
-    return images, jnp.where(inside[:, None], batch['label'], jnp.uint8(IGNORE))
+def cut_images(batch: dict[str, jax.Array], height: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """Within jit: a batch of `put_images` with images of their own height, split as before."""
+    # The slice's rows may not divide over the devices: without the constraint the compiler might
+    # gather them.
+    sharding = split_images(mesh)
+    images = jax.lax.with_sharding_constraint(batch['image'][:, :height], sharding)
+    return {'image': images, 'label': batch['label']}
 
 
 def on_devices(shapes: Any, mesh: Mesh) -> Any:

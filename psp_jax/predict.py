@@ -19,7 +19,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from psp_jax.command_line import whole_file
-from psp_jax.config import flatten, resolve
+from psp_jax.config import flatten
+from psp_jax.config_check import resolve
 from psp_jax.data.decode import read_image
 from psp_jax.data.labels import LabelSpace, label_space, palette
 from psp_jax.data.pipeline import read_ahead
@@ -40,7 +41,7 @@ from psp_jax.model import pspnet
 from psp_jax.model.geometry import Size
 from psp_jax.report import console, pictures
 from psp_jax.runtime import checkpoint
-from psp_jax.state import restore_variables
+from psp_jax.state import setup
 
 K = TypeVar('K')
 
@@ -182,7 +183,7 @@ def load(
         source, which = '', source
     path, step = checkpoint.find(source, which)
     config = resolve(flatten(checkpoint.config_of(path, step)) | dict(overrides or {}))
-    return Predictor(config, restore_variables(config, path, step))
+    return Predictor(config, checkpoint.restore_variables(setup(config), path, step))
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:
@@ -339,7 +340,7 @@ def predict_checkpoint(
     config = config or checkpoint.config_of(path, step, overrides)
     names = find_images(images, output)
     console.say(f'{path / str(step)} on {len(names)} pictures by protocol {config.eval.protocol}')
-    predictor = Predictor(config, restore_variables(config, path, step))
+    predictor = Predictor(config, checkpoint.restore_variables(setup(config), path, step))
     bad = predict_images(predictor, names, output, probabilities)
     console.say(f'{len(names) - len(bad)} label maps and overlays written to {output}')
     if bad:

@@ -7,30 +7,17 @@ import sys
 
 import jax
 import numpy as np
+from networks import small_config
 
-from psp_jax import optimizer
-from psp_jax.config import default_config
-from psp_jax.mesh import make_mesh, put_batch, replicated
-from psp_jax.model import pspnet
+from psp_jax.mesh import make_mesh, put_images, replicated
 from psp_jax.runtime.checkpoint import named_leaves
-from psp_jax.state import create_state, enable_float64, init_variables, jit_for_one_call
+from psp_jax.state import jit_for_one_call, new_state, setup
 from psp_jax.train import compile_step
 
 SIZE, BATCH, STEPS = 33, 8, 3
 
 
-def config_of_test():
-    config = default_config()
-    config.dtype = 'float64'
-    config.batch_size, config.total_steps = BATCH, STEPS
-    config.data.classes = '7'
-    config.data.crop = SIZE
-    config.model.depth, config.model.stem = 18, 'deep_small'
-    config.model.head_width, config.model.aux_width = 128, 64
-    return config
-
-
-def batch_of_step(step: int) -> dict[str, np.ndarray]:
+def batch_of_step(step: int) -> tuple[np.ndarray, np.ndarray]:
     """Images with an unequal share of ignored pixels each; one is ignored as a whole."""
     rng = np.random.default_rng(step)
     labels = rng.integers(0, 7, (BATCH, SIZE, SIZE)).astype(np.uint8)
@@ -38,25 +25,29 @@ def batch_of_step(step: int) -> dict[str, np.ndarray]:
         labels[row, : row * 4] = 255
     labels[step] = 255
     images = rng.integers(0, 256, (BATCH, SIZE, SIZE, 3)).astype(np.uint8)
-    return {'image': images, 'label': labels}
+    return images, labels
 
 
 def main(devices: int, output: str) -> None:
     jax.config.update('jax_num_cpu_devices', devices)
-    config = config_of_test()
-    enable_float64(config)
+    model = {'head_width': 128, 'aux_width': 64}
+    config = small_config(
+        dtype='float64', batch_size=BATCH, total_steps=STEPS, model=model, data={'classes': '7'}
+    )
+    run = setup(config)
     mesh = make_mesh(config.mesh.data, BATCH)
     assert mesh.size == devices
-    model = pspnet.build(config)
-    params = jax.eval_shape(lambda: init_variables(model, 0))['params']
-    tx = optimizer.make_optimizer(params, config.optimizer)
-    state = jit_for_one_call(lambda: create_state(model, tx, 0), out_shardings=replicated(mesh))()
-    step_fn = compile_step(mesh, model, tx, config)
+    state = jit_for_one_call(lambda: new_state(run), out_shardings=replicated(mesh))()
+    step_fn = compile_step(run, mesh)
     losses = []
     for step in range(STEPS):
-        state, scalars = step_fn(state, put_batch(batch_of_step(step), mesh))
+        batch = put_images(*batch_of_step(step), mesh)
+        state, scalars = step_fn(state, batch)
         losses.append([float(scalars[name]) for name in ('loss', 'loss_main', 'loss_aux')])
-    np.savez(output, losses=losses, **{k: np.asarray(v) for k, v in named_leaves(state).items()})
+    lie = batch['image'].sharding, state.params['head']['conv']['kernel'].sharding
+    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
+    shardings = str([(dict(x.mesh.shape), tuple(x.spec)) for x in lie])
+    np.savez(output, losses=losses, shardings=shardings, **arrays)
 
 
 if __name__ == '__main__':

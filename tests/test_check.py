@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from psp_jax.command_line import exit_code
-from psp_jax.config import default_config, load_config
+from psp_jax.config import default_config
+from psp_jax.config_check import load_config
 from psp_jax.data.check import __main__ as command
 from psp_jax.data.check import faults as judged
 from psp_jax.data.check.__main__ import check, parse_flags

@@ -6,19 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psp_jax.config import (
+from psp_jax.config import default_config, flatten, parse_arg, set_depth, to_json
+from psp_jax.config_check import (
     apply_overrides,
-    check_config,
+    check_values,
     config_name,
-    default_config,
-    flatten,
     from_json,
     load_config,
-    parse_arg,
     resolve,
     resume_differences,
-    set_depth,
-    to_json,
 )
 from psp_jax.errors import UserError
 
@@ -81,22 +77,17 @@ def test_defaults_are_the_papers_recipe():
 def test_defaults_are_legal_once_the_classes_are_named():
     config = default_config()
     with pytest.raises(UserError, match="data.classes='': must be set"):
-        check_config(config)
+        check_values(flatten(config))
     config.data.classes = 'wall,floor'
-    check_config(config)
-
-
-def test_default_config_refuses_a_new_key():
-    config = default_config()
-    with pytest.raises(AttributeError):
-        config.data.crp = 3
+    check_values(flatten(config))
 
 
 def keys_read(source: str) -> set[str]:
     """The keys that Python source reads from arguments annotated as ConfigDict.
 
-    An argument `config` is the whole configuration, `data: ConfigDict` its group of that name, and
-    `model = config.model` names a group too. `data[split]` reads what each split is read from.
+    An argument `config` or anything's field `config` is the whole configuration, `data: ConfigDict`
+    its group of that name, and `model = config.model` names a group too. `data[split]` reads what
+    each split is read from.
     """
     read = set()
     for function in ast.walk(ast.parse(source)):
@@ -111,6 +102,8 @@ def keys_read(source: str) -> set[str]:
         def key(node: ast.AST, names: dict[str, str] = names) -> str | None:
             if isinstance(node, ast.Name):
                 return names.get(node.id)
+            if isinstance(node, ast.Attribute) and node.attr == 'config':
+                return ''
             if isinstance(node, ast.Attribute) and (group := key(node.value)) is not None:
                 return f'{group}.{node.attr}' if group else node.attr
             return None
@@ -156,11 +149,7 @@ def g(data: ConfigDict):
 
 def test_every_default_key_is_read():
     read = set().union(
-        *(
-            keys_read(path.read_text())
-            for path in SOURCES
-            if path.name not in ('config.py', 'legal.py')
-        )
+        *(keys_read(path.read_text()) for path in SOURCES if path.name != 'config.py')
     )
     assert sorted(set(flatten(default_config())) - read) == []
 
@@ -260,7 +249,10 @@ def test_overrides_come_with_an_equals_sign_or_as_the_next_word():
         ('crop=65', "config key 'crop' is unknown; did you mean 'data.crop'?"),
         ('total_step=65', "config key 'total_step' is unknown; did you mean 'total_steps'?"),
         ('optimiser.momentum=0', "did you mean 'optimizer.momentum'?"),
-        ('model=50', "config key 'model' is a group; its keys are model.depth, model.stem"),
+        (
+            'model=50',
+            "config key 'model' is a group; its keys are model.backbone, model.depth, model.stem",
+        ),
         ('seed', '--config.seed needs a value'),
         ('model.depth=fifty', "model.depth=fifty: expected an integer, got 'fifty' (str)"),
         ('model.reduce=1', "model.reduce=1: expected true or false, got '1'"),
@@ -303,6 +295,9 @@ def test_an_override_that_is_wrong_says_how(override, message):
         ('mesh.data=0', 'must be positive, or -1'),
         ('seed=4294967296', 'less than 2 ** 31'),
         ('data.classes=', "data.classes='': must be set"),
+        ('model.context=piramid', 'model.context=piramid: must be one of pyramid, none'),
+        ('optimizer.name=adam', 'optimizer.name=adam: must be one of sgd, adamw'),
+        ('custom_imports=no.such', 'cannot import no.such'),
     ],
 )
 def test_an_illegal_value_is_named_with_what_is_legal(override, message):
@@ -327,7 +322,7 @@ def test_a_crop_that_is_not_8n_plus_1_is_told_its_neighbours(crop, message):
 
 
 @given(side=st.integers(-20, 800), align_corners=st.booleans())
-def test_crops_are_legal_where_the_stride_meets_both_edges(side, align_corners):
+def test_crops_are_legal_if_the_stride_meets_both_edges(side, align_corners):
     features = side
     for _ in range(3):  # each stride of 2 with padding 1 keeps positions 0, 2, 4, ...
         features = (features + 1) // 2
@@ -347,13 +342,12 @@ def test_crops_are_legal_where_the_stride_meets_both_edges(side, align_corners):
 @pytest.mark.parametrize(
     ('line', 'message'),
     [
-        ('config.data.crp = 65', "line 5: config key 'crp' is unknown; did you mean 'data.crop'?"),
-        ("config['data']['crp'] = 65", "line 5: config key 'crp' is unknown"),
-        ('config.dta.crop = 65', "line 5: config key 'dta' is unknown; did you mean 'data'?"),
         (
-            'print(config.model.dpeth)',
-            "line 5: config key 'dpeth' is unknown; did you mean 'model.depth'?",
+            'config.data.crp = 65',
+            "mine.py: config key 'data.crp' is unknown; did you mean 'data.crop'?",
         ),
+        ('config.dta.crop = 65', 'Did you mean "data" instead of "dta"?'),
+        ('print(config.model.dpeth)', 'Did you mean "depth" instead of "dpeth"?'),
         ("config.total_steps = 'many'", 'total_steps=many: expected an integer'),
         (
             'config.data.crop = [65, 65]',
@@ -363,16 +357,15 @@ def test_crops_are_legal_where_the_stride_meets_both_edges(side, align_corners):
         ('return {}', 'get_config returned dict, not a ConfigDict'),
     ],
 )
-def test_a_config_file_that_is_wrong_says_where(tmp_path, line, message):
+def test_a_config_file_that_is_wrong_is_named(tmp_path, line, message):
     with pytest.raises(UserError) as raised:
         load_config(write_config(tmp_path, line))
-    assert message in str(raised.value)
+    assert message in str(raised.value) and '\n' not in str(raised.value)
 
 
-@pytest.mark.parametrize('line', ["{}['crop']", "''.crop"])
-def test_a_bug_in_a_config_file_stays_a_bug(tmp_path, line):
-    with pytest.raises((KeyError, AttributeError), match='crop'):
-        load_config(write_config(tmp_path, line))
+def test_a_bug_in_a_config_file_stays_a_bug(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        load_config(write_config(tmp_path, 'config.seed = 1 // 0'))
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,18 @@ import importlib.util
 import os
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from psp_jax import optimizer
-from psp_jax.config import flatten, from_json, load_config, to_json
+from psp_jax.config import flatten, to_json
+from psp_jax.config_check import from_json, load_config
+from psp_jax.data.labels import label_space
 from psp_jax.errors import UserError
-from psp_jax.model import pspnet
-from psp_jax.state import TrainState, init_variables
+from psp_jax.state import TrainState, setup
 from psp_jax.train import train_step
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +88,7 @@ def test_recipes_are_the_published_ones(config, steps, crop, classes, rotate, bl
     assert (config.total_steps, config.data.crop) == (steps, crop)
     assert (config.data.rotate, config.data.blur) == (rotate, blur)
     assert (config.batch_size, config.optimizer.learning_rate) == (16, 0.01)
-    assert pspnet.build(config).classes == classes
+    assert len(label_space(config.data.classes).names) == classes
 
 
 def test_without_augmentation_only_the_crop_is_random():
@@ -212,8 +213,7 @@ def test_there_is_a_command_for_every_row_of_the_papers_four_tables():
 @pytest.mark.parametrize(('arguments', 'parameters'), dict(ablations()).items())
 def test_the_network_of_an_ablation_has_the_stated_number_of_parameters(arguments, parameters):
     config = load_config(f'configs/ade20k.py:{arguments}')
-    model = pspnet.build(config)
-    shapes = jax.eval_shape(lambda: init_variables(model, 0))['params']
+    shapes = setup(config).variables['params']
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
     assert parameters == counted_by_hand(
         config.model.depth,
@@ -241,7 +241,7 @@ def test_a_step_of_an_ablation_changes_every_parameter(arguments):
         f'configs/ade20k.py:{arguments}',
         ['--config.data.crop=33', '--config.batch_size=2', '--config.optimizer.weight_decay=0'],
     )
-    model = pspnet.build(config)
+    run = setup(config)
     rng = np.random.default_rng(0)
 
     def fill(path, leaf):  # in numpy: compiling the initialisation takes as long as the step
@@ -250,19 +250,13 @@ def test_a_step_of_an_ablation_changes_every_parameter(arguments):
             return (spread * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
         return np.full(leaf.shape, path[-1].key in ('scale', 'var'), leaf.dtype)
 
-    variables = jax.tree_util.tree_map_with_path(
-        fill, dict(jax.eval_shape(lambda: init_variables(model, 0)))
-    )
-    tx = optimizer.make_optimizer(variables['params'], config.optimizer)
-    state = TrainState(np.int32(0), **variables, opt_state=tx.init(variables['params']))
+    variables = jax.tree_util.tree_map_with_path(fill, run.variables)
+    state = TrainState(np.int32(0), **variables, opt_state=run.tx.init(variables['params']))
     batch = {
         'image': rng.integers(0, 256, (2, 33, 33, 3), np.uint8),
         'label': rng.integers(0, 150, (2, 33, 33), np.uint8),
     }
-
-    def step(state, batch):
-        return train_step(state, batch, model=model, tx=tx, config=config)
-
+    step = partial(train_step, run=run)
     if config.model.depth > 101:  # only more blocks of the same kind, which take minutes to compile
         after, _ = jax.eval_shape(step, state, batch)
         assert jax.tree.structure(after) == jax.tree.structure(state)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from benchmarks.context import layers_of, measure, receptive_field, summary
+from psp_jax.config_check import resolve
 from psp_jax.data import scenes
-from psp_jax.model.pspnet import PSPNet
+from psp_jax.model.pspnet import build
 
 
 def averaging_weights(model):
@@ -29,7 +30,19 @@ def lit_cells(bins, dilation):
 
     Eight pictures, with the column at each of eight neighbouring places, since cells lie 8 apart.
     """
-    model = PSPNet(2, 18, 'deep_small', dilation, bins, head_width=16, aux_width=0)
+    model = build(
+        resolve(
+            {
+                'data.classes': '2',
+                'loss.aux_weight': 0.0,
+                'model.depth': 18,
+                'model.stem': 'deep_small',
+                'model.dilation': dilation,
+                'model.bins': bins,
+                'model.head_width': 16,
+            }
+        )
+    )
     columns = 320 + np.arange(8)
     images = np.zeros((8, 9, 641, 3), np.float32)
     images[np.arange(8), :, columns] = 1

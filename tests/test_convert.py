@@ -16,7 +16,7 @@ from PIL import Image
 
 from psp_jax import main
 from psp_jax.command_line import exit_code
-from psp_jax.config import load_config
+from psp_jax.config_check import load_config
 from psp_jax.data import decode
 from psp_jax.data.convert import __main__ as convert
 from psp_jax.data.convert import converted

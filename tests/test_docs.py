@@ -2,13 +2,23 @@
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from psp_jax.command_line import PREEMPTED
-from psp_jax.config import default_config, flatten, load_config
+from psp_jax.config import default_config, flatten
+from psp_jax.config_check import load_config, resolve
+from psp_jax.data.labels import LABEL_SPACES
+from psp_jax.inference.protocols import PROTOCOLS
+from psp_jax.losses import LOSSES
 from psp_jax.main import parse_flags
+from psp_jax.model.backbones import BACKBONES
+from psp_jax.model.contexts import CONTEXTS
+from psp_jax.optimizer import OPTIMIZERS
+from psp_jax.state import setup
 
 ROOT = Path(__file__).parents[1]
 PAGES = {page.name: page.read_text() for page in sorted((ROOT / 'docs').glob('*.md'))}
@@ -93,3 +103,24 @@ def test_configuration_page_names_the_groups_that_exist():
 def test_scripts_and_the_page_on_exit_codes_name_the_code_of_a_preemption():
     for name in ('exit_codes.md', 'launch/local.sh', 'launch/tpu_pod.sh', 'launch/slurm.sbatch'):
         assert re.search(rf'\b{PREEMPTED}\b', TEXTS[name]), name
+
+
+TABLES = (BACKBONES, CONTEXTS, LOSSES, OPTIMIZERS, LABEL_SPACES, PROTOCOLS)
+
+
+def test_the_examples_of_extending_add_one_entry_to_each_table():
+    before = [dict(table) for table in TABLES]
+    for block in re.findall(r'(?:^(?:    .*)?\n)+', PAGES['extending.md'], re.M):
+        if re.search(r'^    (import|from) ', block, re.M):
+            exec(textwrap.dedent(block), {})
+    try:
+        assert [len(table) - len(old) for table, old in zip(TABLES, before, strict=True)] == [1] * 6
+        config = resolve({'data.classes': 'roads', 'model.context': 'aspp', 'data.crop': 33})
+        shapes = setup(config).variables['params']['aspp']
+        assert shapes['branch1_conv']['kernel'].shape == (3, 3, 2048, 256)
+        loss, weight = LOSSES['focal'](np.zeros((2, 3)), np.array([1, 255], np.uint8))
+        assert loss == pytest.approx((2 / 3) ** 2 * np.log(3)) and weight == 1
+    finally:
+        for table, old in zip(TABLES, before, strict=True):
+            table.clear()
+            table.update(old)

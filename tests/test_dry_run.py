@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import scale
-from psp_jax.config import resolve
+from psp_jax.config_check import resolve
 from psp_jax.dry_run import costs, examine, text, topology
 from psp_jax.dry_run.topology import GIB, Machine
 from psp_jax.errors import UserError

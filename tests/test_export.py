@@ -15,7 +15,8 @@ from parity import cases, our_side
 
 from psp_jax import export
 from psp_jax.command_line import whole_file
-from psp_jax.config import resolve, to_json
+from psp_jax.config import to_json
+from psp_jax.config_check import resolve
 from psp_jax.errors import UserError
 from psp_jax.import_weights import semseg_name, to_torch
 from psp_jax.model import pspnet

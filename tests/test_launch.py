@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from psp_jax.command_line import NOT_JOINED, PREEMPTED
-from psp_jax.config import load_config
+from psp_jax.config_check import load_config
 from psp_jax.main import parse_flags
 
 ROOT = Path(__file__).parents[1]

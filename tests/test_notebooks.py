@@ -31,7 +31,7 @@ from PIL import Image
 from test_import_weights import backbone_of, classifier, renamed, semseg
 from test_tfds_source import NAMES, prepare, write_pets
 
-from psp_jax.config import load_config, resolve
+from psp_jax.config_check import load_config, resolve
 from psp_jax.data.decode import read_image
 from psp_jax.data.labels import label_space
 from psp_jax.data.sources import make_source

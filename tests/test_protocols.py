@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax import monitoring
 from test_evaluate import batch_stats_after
 
-from psp_jax.config import resolve
+from psp_jax.config_check import resolve
 from psp_jax.data.sources import Source
 from psp_jax.evaluate import make_evaluator
 from psp_jax.inference import protocols

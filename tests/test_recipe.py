@@ -11,7 +11,7 @@ from PIL import Image
 from test_augment import settings_of, steps_of_opencv
 
 from psp_jax import optimizer
-from psp_jax.config import load_config
+from psp_jax.config_check import load_config
 from psp_jax.data.augment import augment
 
 ROOT = Path(__file__).parents[1]

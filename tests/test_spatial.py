@@ -8,18 +8,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from networks import small_setup
 from several import LITTLE_OPTIMISATION, free_port
-from test_losses import loss_by_numpy
 
-from psp_jax.config import default_config, flatten
-from psp_jax.config_check import check_values
 from psp_jax.errors import UserError
-from psp_jax.losses import map_row_phases, segmentation_loss
-from psp_jax.mesh import check_cut, make_mesh
-from psp_jax.model.resample import resize_matrix
+from psp_jax.mesh import check_cut, make_mesh, rows_reached
 
 ROOT = Path(__file__).parent.parent
 # Whatever brings together what lay on several devices.
@@ -143,33 +138,7 @@ def test_real_networks_gather_no_activations(tmp_path, words):
     assert {mesh: gathers(listed) for mesh, listed in found.items()} == {'4x2': [], '2x4': []}
 
 
-# ---- Its parts
-
-
-@pytest.mark.parametrize(
-    ('height', 'space', 'align_corners'),
-    [(9, 1, True), (41, 2, True), (97, 4, True), (97, 4, False), (32, 2, False)],
-)
-def test_loss_by_phases_equals_numpy(height, space, align_corners):
-    rng = np.random.default_rng(height)
-    width, cells = 17, -(-height // 8)
-    logits = rng.normal(scale=3, size=(2, cells, 3, 5)).astype(np.float32)
-    padded = -(-height // (8 * space)) * 8 * space
-    labels = np.full((2, padded, width), 255, np.uint8)
-    labels[:, :height] = rng.integers(0, 5, (2, height, width))
-    labels[:, 3:5] = 255
-    matrices = [resize_matrix(cells, height, align_corners), resize_matrix(3, width, True)]
-
-    @jax.jit
-    def both(logits, labels):
-        blocks = jax.grad(segmentation_loss)(logits, labels[:, :height], *matrices)
-        phases = jax.value_and_grad(segmentation_loss)
-        return blocks, *phases(logits, labels, *matrices, map_row_phases)
-
-    blocks, loss, phases = both(logits, labels)
-    expected = loss_by_numpy(logits, labels[:, :height], *matrices)
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
-    np.testing.assert_allclose(phases, blocks, atol=1e-7)
+# ---- Processes
 
 
 def test_each_of_two_processes_reads_its_own_whole_images():
@@ -219,21 +188,19 @@ def test_meshes_that_cannot_be_are_refused(data, space, batch_size, processes, m
     ('height', 'space', 'most'), [(9, 2, 1), (33, 2, 1), (65, 4, 2), (97, 5, 3), (473, 20, 15)]
 )
 def test_images_too_low_for_their_devices_are_refused(height, space, most):
-    mesh = make_mesh(1, 1, space, devices_of(*(0,) * space))
+    run = small_setup(data={'crop': height})
+    size = height, height
     with pytest.raises(UserError, match=f'images of height {height} .*: take mesh.space={most}'):
-        check_cut(height, mesh)
-    check_cut(height, make_mesh(1, 1, most, devices_of(*(0,) * most)))
+        check_cut(make_mesh(1, 1, space, devices_of(*(0,) * space)), run.model, run.variables, size)
+    check_cut(make_mesh(1, 1, most, devices_of(*(0,) * most)), run.model, run.variables, size)
+
+
+@pytest.mark.parametrize(('dilation', 'reach'), [('full', 4), ('contract', 4)])
+def test_what_devices_exchange_follows_from_the_modules(dilation, reach):
+    run = small_setup(model={'dilation': dilation})
+    assert rows_reached(run.model, run.variables, (97, 97)) == reach
 
 
 def test_half_an_image_a_device_is_legal():
     """Two images on four devices: the batch divides over 'data' alone."""
     assert dict(make_mesh(-1, 2, 2, devices_of(0, 0, 0, 0)).shape) == {'data': 2, 'space': 2}
-
-
-@pytest.mark.parametrize('space', [0, -1])
-def test_space_is_positive(space):
-    config = default_config()
-    config.data.classes = '7'
-    config.mesh.space = space
-    with pytest.raises(UserError, match=f'mesh.space={space}: must be positive'):
-        check_values(flatten(config))

@@ -171,7 +171,7 @@ def test_a_folder_of_a_data_set_that_does_not_answer_is_no_bad_data(pets, monkey
 
 def test_batches_are_those_of_a_list_of_the_same_files(pets, small_config):
     """Order and augmentation are a function of seed and position alone, from any step on."""
-    from psp_jax.config import load_config
+    from psp_jax.config_check import load_config
 
     data_dir, root = pets
     config = load_config(str(small_config), [])

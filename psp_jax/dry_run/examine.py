@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
-from psp_jax import mesh, optimizer, train
+from psp_jax import mesh, train
 from psp_jax.command_line import whole_file
 from psp_jax.data.labels import label_space
 from psp_jax.data.pipeline import train_batches
@@ -31,7 +30,7 @@ from psp_jax.inference.programs import make_programs
 from psp_jax.model import pspnet
 from psp_jax.model.geometry import Size, crop_size
 from psp_jax.report import console
-from psp_jax.state import TrainState, create_state, enable_float64, init_variables
+from psp_jax.state import Setup, TrainState, setup
 
 UNITS = {'K': 2**10, 'M': 2**20, 'G': GIB, 'T': 2**40}
 
@@ -42,8 +41,8 @@ class Run(NamedTuple):
     config: ConfigDict
     machine: Machine
     mesh: jax.sharding.Mesh  # of training
+    setup: Setup
     model: pspnet.PSPNet
-    tx: optax.GradientTransformation
     state: TrainState  # as shapes
 
 
@@ -61,7 +60,6 @@ def dry_run(config: ConfigDict, name: str, where: str | None, output: str | None
                 f'--output={output}: cannot be written; name a file in a folder that is there'
             )
     machine = topology.machine(where)
-    enable_float64(config)
     run = plan(config, machine)
     result = describe(run, name, where)
     console.say(text.heading(result))
@@ -87,12 +85,9 @@ def plan(config: ConfigDict, machine: Machine) -> Run:
     """
     devices = list(machine.devices)
     grid = mesh.make_mesh(config.mesh.data, config.batch_size, config.mesh.space, devices)
-    mesh.check_cut(crop_size(config)[0], grid)
-    model = pspnet.build(config)
-    params = jax.eval_shape(lambda: init_variables(model, config.seed))['params']
-    tx = optimizer.make_optimizer(params, config.optimizer)
-    state = jax.eval_shape(lambda: create_state(model, tx, config.seed))
-    return Run(config, machine, grid, model, tx, state)
+    made = setup(config)
+    mesh.check_cut(grid, made.model, made.variables, crop_size(config))
+    return Run(config, machine, grid, made, made.model, made.shapes)
 
 
 def describe(run: Run, name: str, where: str | None) -> dict[str, Any]:
@@ -132,7 +127,7 @@ def train_report(run: Run) -> dict[str, Any]:
         'image': jax.ShapeDtypeStruct((*size, 3), jnp.uint8, sharding=place),
         'label': jax.ShapeDtypeStruct(size, jnp.uint8, sharding=place),
     }
-    step = train.compile_step(grid, run.model, run.tx, config)
+    step = train.compile_step(run.setup, grid)
     parts = {
         'parameters': bytes_on_device(state.params),
         'optimizer': bytes_on_device(state.opt_state),
@@ -168,7 +163,8 @@ def evaluate_report(run: Run) -> dict[str, Any]:
     inputs = programs.arguments(largest, sum(windows))
     calls = math.prod(inputs[1].shape[:-1])  # images, or windows, of one call
     cells = [math.prod(protocols.canvas_size(view, config)) for view in views]
-    scores = model.classes * jnp.dtype(model.param_dtype).itemsize  # bytes of a cell
+    classes = len(label_space(config.data.classes).names)
+    scores = classes * jnp.promote_types(config.dtype, jnp.float32).itemsize  # bytes of a cell
     if config.eval.protocol in protocols.SLIDING:
         canvases = min(scores * sum(cells), protocols.CANVAS_BYTES)
     else:  # the scores of one view are the program's output, those of the others wait

@@ -16,6 +16,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
+from psp_jax.data.labels import label_space
+from psp_jax.inference.masks import apply_to_padded
 from psp_jax.inference.protocols import (
     AVERAGES_PROBABILITIES,
     MIRRORS,
@@ -26,8 +28,7 @@ from psp_jax.inference.protocols import (
 )
 from psp_jax.mesh import put_batch, split_batch
 from psp_jax.model import pspnet
-from psp_jax.model.geometry import Size
-from psp_jax.model.layers import strided
+from psp_jax.model.geometry import STRIDE, Size
 from psp_jax.model.resample import apply_taps, resize
 
 TILE = (128, 1024)  # pixels of an image whose probabilities a device computes at a time
@@ -67,6 +68,7 @@ def make_programs(config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh) -> Progr
     """
     protocol, mirrored = config.eval.protocol, flips(config)
     devices = mesh.size
+    classes = len(label_space(config.data.classes).names)
     slides = protocol in SLIDING
     per_device = -(-config.eval.batch_size // devices)  # windows, or whole images
     split, everywhere = PartitionSpec('data'), PartitionSpec()
@@ -80,7 +82,9 @@ def make_programs(config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh) -> Progr
 
     def network(variables: Variables, windows: jax.Array, sizes: jax.Array) -> jax.Array:
         images = pspnet.normalise(windows, config)
-        return model.apply(variables, images, False, sizes if needs_sizes(config) else None)[0]
+        if needs_sizes(config):
+            return apply_to_padded(model, variables, images, sizes)
+        return model.apply(variables, images, False)[0]
 
     def window_scores(variables: Variables, windows: jax.Array, sizes: jax.Array) -> jax.Array:
         """[1, K, h, w, 3] -> [1, K, h, w, classes]: probabilities, or logits in mmseg_slide."""
@@ -99,7 +103,7 @@ def make_programs(config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh) -> Progr
             cells = {}
             if needs_sizes(config):
                 size = jnp.broadcast_to(size, (len(logits), 2))
-                cells = {'cells': size, 'old_cells': strided(size, 8)}
+                cells = {'cells': size, 'old_cells': -(-size // STRIDE)}
             scores = resize(logits, shape, config.model.align_corners, **cells)
             if protocol == 'caffe':  # the softmax of the sum
                 return jax.nn.softmax(scores.sum(0))
@@ -150,7 +154,7 @@ def make_programs(config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh) -> Progr
         exact = jnp.promote_types(config.dtype, jnp.float32)
         canvases: list[jax.Array] = []
         for v, part in enumerate(parts):
-            shape = (devices, *part.canvas, model.classes)
+            shape = (devices, *part.canvas, classes)
             found = kept.pop((v, *shape), None)
             canvases.append(put_batch(np.zeros(shape, exact), mesh) if found is None else found)
         kept.clear()

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from psp_jax.model.geometry import STRIDE, Size, cells, crop_size
 from psp_jax.model.resample import Taps, resize_taps
 
+PROTOCOLS = ('whole', 'semseg', 'caffe', 'mmseg', 'mmseg_slide')
 SLIDING = ('semseg', 'caffe', 'mmseg_slide')
 AVERAGES_PROBABILITIES = ('semseg', 'caffe')  # of windows; the others average logits
 MIRRORS = ('semseg', 'caffe')  # by themselves, in each window; the others with eval.flip=true

@@ -1,4 +1,8 @@
-"""Convolution and batch normalisation, as every part of the network uses them."""
+"""The layers that every part of the network uses.
+
+A module with spatial reach has an attribute `reach`, in rows of its input. Evaluation of padded
+images (inference/masks.py) and images that are split over devices (mesh.py) go by it.
+"""
 
 from functools import partial
 from typing import Any
@@ -91,28 +95,8 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1) ->
     return spatial_conv(x, kernel, stride, dilation)
 
 
-def zero_filler(x: jax.Array, cells: jax.Array | None) -> jax.Array:
-    """[B, H, W, C] with zeros beyond the first `cells` int32[B, 2] (height, width) of each map.
-
-    What batch normalisation and biases leave beyond a map's own edge is no zero padding; kernels
-    and pools must not see it. None: the maps are full.
-    """
-    if cells is None:
-        return x
-    rows, columns = (jnp.arange(x.shape[axis]) < cells[:, axis - 1, None] for axis in (1, 2))
-    return jnp.where(rows[:, :, None, None] & columns[:, None, :, None], x, 0)
-
-
-def strided(cells: jax.Array | None, stride: int) -> jax.Array | None:
-    """How many cells are left of so many behind a convolution or pool with a stride."""
-    return None if cells is None else -(-cells // stride)
-
-
 class Conv(nn.Module):
-    """`conv` with its parameter `kernel` and, where `bias` is set, a bias for each channel.
-
-    `cells`: see `zero_filler`.
-    """
+    """`conv` with its parameter `kernel` and, if `bias` is set, a bias for each channel."""
 
     features: int
     size: int = 3
@@ -123,10 +107,13 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
+    @property
+    def reach(self) -> int:
+        """Rows and columns of the input that an output cell depends on, to each side."""
+        return self.dilation * (self.size - 1) // 2
+
     @nn.compact
-    def __call__(self, x: jax.Array, cells: jax.Array | None = None) -> jax.Array:
-        if self.size > 1:
-            x = zero_filler(x, cells)
+    def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param('kernel', self.kernel_init, shape, self.param_dtype)
         y = conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.dilation)
@@ -138,6 +125,15 @@ class Conv(nn.Module):
 
             y += self.param('bias', init, (self.features,), self.param_dtype).astype(self.dtype)
         return y
+
+
+class MaxPool(nn.Module):
+    """3x3 max pooling with a stride of 2, padded by 1: [B, H, W, C] -> [B, ceil(H/2), ...]."""
+
+    reach = 1  # as Conv's
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
 
 class BatchNorm(nn.Module):

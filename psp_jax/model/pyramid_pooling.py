@@ -17,7 +17,9 @@ class PyramidPooling(nn.Module):
 
     Level b pools the whole map to b x b cells, reduces them to C / N channels (N levels; 1x1
     convolution, BN, ReLU) unless `reduce` is off, and is up-sampled to H x W. Output channels:
-    2C with reduction (C divisible by N), (1 + N)C without. `cells`: see `zero_filler`.
+    2C with reduction (C divisible by N), (1 + N)C without.
+
+    `cells` int32[B, 2], if given: each map fills only its first so many rows and columns.
     """
 
     bins: tuple[int, ...]
@@ -26,6 +28,8 @@ class PyramidPooling(nn.Module):
     align_corners: bool
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+
+    takes_cells = True  # inference/masks.py passes them for padded images
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, cells: jax.Array | None = None) -> jax.Array:

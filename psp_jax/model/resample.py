@@ -12,7 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psp_jax.model.layers import zero_filler
+
+def zero_filler(x: jax.Array, cells: jax.Array) -> jax.Array:
+    """[B, H, W, C] with zeros beyond the first `cells` int32[B, 2] (height, width) of each map."""
+    rows, columns = (jnp.arange(x.shape[axis]) < cells[:, axis - 1, None] for axis in (1, 2))
+    return jnp.where(rows[:, :, None, None] & columns[:, None, :, None], x, 0)
 
 
 def window_bounds(size: int, bins: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from psp_jax.model.layers import BatchNorm, Conv, strided, zero_filler
+from psp_jax.model.layers import BatchNorm, Conv, MaxPool
 
 BLOCKS = {  # blocks of layer1 to layer4
     18: (2, 2, 2, 2),
@@ -52,7 +52,7 @@ class Block(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, cells: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv = partial(Conv, dtype=self.dtype, param_dtype=self.param_dtype)
         norm = partial(BatchNorm, dtype=self.dtype, param_dtype=self.param_dtype)
         # (features, kernel size, stride, dilation) of each convolution
@@ -71,8 +71,7 @@ class Block(nn.Module):
             shortcut = conv(features, 1, self.stride, name='downsample_conv')(x)
             shortcut = norm(name='downsample_bn')(shortcut, train)
         for i, arguments in enumerate(plan, 1):
-            x = norm(name=f'bn{i}')(conv(*arguments, name=f'conv{i}')(x, cells), train)
-            cells = strided(cells, arguments[2])
+            x = norm(name=f'bn{i}')(conv(*arguments, name=f'conv{i}')(x), train)
             x = nn.relu(x + shortcut if i == len(plan) else x)
         return x
 
@@ -80,7 +79,7 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """[B, H, W, 3] -> the outputs of layer3 and layer4, each [B, ceil(H/8), ceil(W/8), C].
 
-    C is 256 and 512 for basic blocks, 1024 and 2048 for bottlenecks. `sizes`: see `PSPNet`.
+    C is 256 and 512 for basic blocks, 1024 and 2048 for bottlenecks.
     """
 
     depth: int
@@ -90,18 +89,13 @@ class ResNet(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, train: bool, sizes: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        cells = sizes
+    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
         kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
         for i, (size, width) in enumerate(STEMS[self.stem], 1):
             stride = 2 if i == 1 else 1
-            x = Conv(width, size, stride, name=f'stem_conv{i}', **kinds)(x, cells)
-            cells = strided(cells, stride)
+            x = Conv(width, size, stride, name=f'stem_conv{i}', **kinds)(x)
             x = nn.relu(BatchNorm(name=f'stem_bn{i}', **kinds)(x, train))
-        x = nn.max_pool(zero_filler(x, cells), (3, 3), (2, 2), ((1, 1), (1, 1)))
-        cells = strided(cells, 2)
+        x = MaxPool()(x)
 
         dilations = ((1, 1), (1, 1), *DILATIONS[self.dilation])
         features = []
@@ -118,7 +112,6 @@ class ResNet(nn.Module):
                     dilate_all=self.dilation != 'contract_first',
                     name=f'layer{layer}_block{block}',
                     **kinds,
-                )(x, train, cells)
-                cells = strided(cells, stride)
+                )(x, train)
             features.append(x)
         return features[2], features[3]

@@ -1,7 +1,6 @@
 """What a person reads of a run on the terminal."""
 
 import sys
-import time
 from typing import Any
 
 import jax
@@ -11,24 +10,6 @@ def say(text: str) -> None:
     """Prints from the first process of a run only."""
     if jax.process_index() == 0:
         print(text, flush=True)
-
-
-class Speed:
-    """Steps a second and the share of time spent waiting for data, without pauses."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Starts a new interval, as after an evaluation, which is not the training's time."""
-        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
-
-    def read(self) -> tuple[float, float]:
-        """(seconds a step, share of waiting) since the last call; starts a new interval."""
-        seconds = time.perf_counter() - self.start
-        result = seconds / max(self.steps, 1), self.waited / max(seconds, 1e-9)
-        self.reset()
-        return result
 
 
 def duration(seconds: float) -> str:

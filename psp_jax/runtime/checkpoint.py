@@ -23,9 +23,11 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from psp_jax.config import from_json
+from psp_jax.config_check import from_json
 from psp_jax.errors import PASSING_TEXTS, PassingError, UserError
+from psp_jax.mesh import local_mesh, on_devices
 from psp_jax.runtime import cluster
+from psp_jax.state import Setup
 
 
 class Unreadable(UserError):
@@ -275,6 +277,15 @@ def restore(path: epath.Path, step: int, target: Any) -> Any:
         },
     )
     return jax.tree.unflatten(jax.tree.structure(target), [values[name] for name in wanted])
+
+
+def restore_variables(run: Setup, path: epath.Path, step: int) -> dict[str, Any]:
+    """`params` and `batch_stats` of a checkpoint, on each of this process's devices.
+
+    Raises UserError if they do not fit the network of `run`.
+    """
+    mesh = local_mesh(run.config.mesh.data, run.config.mesh.space)
+    return restore(path, step, on_devices(run.variables, mesh))
 
 
 def read_arrays(path: epath.Path, step: int, wanted: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -253,6 +253,12 @@ def leave() -> None:
     os._exit(PREEMPTED)
 
 
+def finish() -> None:
+    """Ends the process if it was told to stop."""
+    if _run.said:
+        leave()
+
+
 def wait_for(saving: Callable[[], object]) -> None:
     """Has `leave` wait for `saving()` to return."""
     _run.wait = saving

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from psp_jax.config import from_json, resume_differences
+from psp_jax.config_check import from_json, resume_differences
 from psp_jax.data.sources import Source
 from psp_jax.errors import PassingError, UserError
 from psp_jax.report import console

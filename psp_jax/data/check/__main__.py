@@ -298,7 +298,7 @@ def run(argv: Sequence[str]) -> None:
     """Does what the flags say; raises UserError where the data have faults."""
     flags, overrides = parse_flags(argv)
     quieten_libraries()
-    from psp_jax.config import load_config
+    from psp_jax.config_check import load_config
 
     check(load_config(flags.config, overrides), flags.show, flags.fix_list)
 

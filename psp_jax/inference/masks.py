@@ -1,0 +1,47 @@
+"""The network on padded images: images of many sizes share one program.
+
+Each image lies at the top left of its array. BatchNorm and biases make the padding non-zero; it is
+set back to zero before each module that looks beyond its own cell, so that every image gets the
+logits that it would get alone. Nothing of this is in the network itself: flax lets us look at
+each module's input on the way.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from psp_jax.model.geometry import STRIDE, Size
+from psp_jax.model.resample import zero_filler
+
+
+def apply_to_padded(
+    model: nn.Module, variables: Any, images: jax.Array, sizes: jax.Array
+) -> jax.Array:
+    """Logits [B, ceil(H/8), ceil(W/8), classes] of images [B, H, W, 3], in test mode.
+
+    sizes: int32 [B, 2], the true (height, width) of each. The logits of an image's own
+    ceil(height/8) x ceil(width/8) cells do not depend on H and W; the others mean nothing.
+    Modules with a `reach` see zeros in the padding; those that declare `takes_cells`, such as the
+    pyramid, get the true number of cells as the keyword `cells`.
+    """
+    padded = images.shape[1], images.shape[2]
+
+    def mask(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        reach = getattr(context.module, 'reach', 0)
+        takes_cells = getattr(context.module, 'takes_cells', False)
+        if reach or takes_cells:
+            cells = -(-sizes // stride_of(args[0].shape, padded))
+            args = (zero_filler(args[0], cells), *args[1:]) if reach else args
+            kwargs = {**kwargs, 'cells': cells} if takes_cells else kwargs
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(mask):
+        return model.apply(variables, images, False)[0]
+
+
+def stride_of(shape: tuple[int, ...], padded: Size) -> int:
+    """Pixels of an image to a cell of a map [B, h, w, C]: 1, 2, 4 or 8."""
+    strides = (2**i for i in range(STRIDE.bit_length()))
+    return next(s for s in strides if shape[1:3] == (-(-padded[0] // s), -(-padded[1] // s)))
