@@ -1,9 +1,9 @@
-# make demo    train on the built-in scenes, evaluate, and leave a picture and metrics.json
-# make test    linters and the fast tests; make test-slow: the others
-# make test-torch, make test-topology   beside PyTorch; with the compilers for TPUs and cards
-# make bench   the quick benchmark; BENCHMARKS=context for the other, which trains six networks
-# Each sets up .venv first, with the Python that PYTHON names, or else python3 if it is 3.11 to 3.13,
-# or else python3.13, python3.12 or python3.11. .venv is used again until the requirements change.
+# make demo    train on the built-in scenes, evaluate, and show where the results are
+# make test    linters and fast tests; make test-slow: the other tests
+# make test-torch, make test-topology   tests with PyTorch; tests with compilers for TPUs and GPUs
+# make bench   the quick benchmark; BENCHMARKS=context for the other one, which trains six networks
+# Each sets up .venv first. It takes the Python that PYTHON names, or python3 if it is 3.11 to 3.13,
+# or python3.13, python3.12 or python3.11. It uses .venv again until the requirements change.
 
 SHELL := /bin/bash
 RUN := .venv/bin/python
@@ -15,7 +15,7 @@ demo: .venv/requirements.txt
 	$(RUN) -m psp_jax.main --config configs/scenes.py --workdir runs/scenes
 	@echo
 	@echo 'Metrics: runs/scenes/eval/metrics.json'
-	@echo "Picture: $$(ls -t runs/scenes/eval/*/panels.png | head -n 1)"
+	@echo "Predictions: $$(ls -t runs/scenes/eval/*/panels.png | head -n 1)"
 
 test: lint
 	$(RUN) -m pytest -m 'not slow and not torch and not topology' -n 2 --dist loadfile --durations=10
@@ -23,11 +23,12 @@ test: lint
 test-slow: .venv/requirements-test.txt
 	$(RUN) -m pytest -m 'slow and not torch and not topology' -n 2 --dist load --durations=10
 
-# Beside PyTorch, torchvision, timm and mmsegmentation.
+# Compares with PyTorch, torchvision, timm and mmsegmentation.
 test-torch: .venv/requirements-torch.txt
 	$(RUN) -m pytest -m torch -n 2 --dist load
 
-# In an environment of its own: JAX complains of missing devices wherever their compilers are.
+# Uses an environment of its own, because JAX warns about missing devices if their compilers are
+# installed.
 test-topology: .venv-topology/requirements-topology.txt
 	JAX_PLATFORMS=cpu .venv-topology/bin/python -m pytest -m topology --durations=10
 
@@ -49,12 +50,12 @@ clean:
 	done; \
 	if [ -z "$$found" ]; then \
 	    echo 'psp_jax: error: $(or $(PYTHON),python3) is not Python 3.11, 3.12 or 3.13; install one of' \
-	        'these, or say where it is: make PYTHON=/path/to/python3.12 ...' >&2; \
+	        'them, or name it: make PYTHON=/path/to/python3.12 ...' >&2; \
 	    exit 1; \
 	fi; \
 	echo "$$("$$found" --version): setting up .venv"; "$$found" -m venv .venv || { rm -rf .venv; exit 1; }
 
-# The copies within .venv tell which requirements are installed in it.
+# The copies in .venv show which requirements are installed there.
 .venv/requirements.txt: requirements.txt .venv/bin/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@cp requirements.txt $@
@@ -63,8 +64,8 @@ clean:
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	@cp requirements-test.txt $@
 
-# mmsegmentation asks for a second OpenCV, which would overwrite the one that is there: it is
-# installed without what it asks for.
+# mmsegmentation requires a second OpenCV, which would overwrite ours, so it is installed without its
+# requirements.
 .venv/requirements-torch.txt: requirements-torch.txt .venv/requirements-test.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-torch.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps \

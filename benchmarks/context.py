@@ -3,15 +3,13 @@
     python -m benchmarks.context [--steps 360] [--seeds 0 1 2] [--workdir runs/context]
 
 Trains PSPNet and the FCN (`bins=()`) on the built-in scenes, where the same object is a car in a
-street and a boat in a harbour. Both networks get the same steps, the same pictures in the same
-order and the same seeds. Each run is a `python -m psp_jax.main` of its own; one that is finished is
-not run again and one that was cut off goes on, so the whole may be stopped and started at will.
-Progress and a table go to stderr, JSON to stdout. Six runs take about six times as long as
-`make demo`, which is the first of them.
+street and a boat in a harbour. Both get the same steps, images, order and seeds. Each run is a
+`python -m psp_jax.main` of its own. You may stop the benchmark at any time: it does not repeat
+finished runs and continues an interrupted one. Progress and a table go to stderr, JSON to stdout.
+Six runs take about six times as long as `make demo`.
 
-The FCN's theoretical receptive field is printed beside the distance of the cue. It may well exceed
-the picture: then the FCN *could* see the cue, and what is measured is whether training makes it
-use it, not whether it can.
+The table has the FCN's theoretical receptive field and the distance of the cue. If the field is
+larger, the FCN can see the cue, and the benchmark measures whether it learns to use it.
 """
 
 import argparse
@@ -37,7 +35,7 @@ Layer = tuple[int, int, int]  # kernel size, stride, dilation
 
 
 def layers_of(depth: int, stem: str, dilation: str) -> list[Layer]:
-    """The layers on the longest path from the image through the backbone and the head's 3x3."""
+    """The layers on the longest path from the image to the head's 3x3 convolution."""
     layers = [(size, 2 if i == 0 else 1, 1) for i, (size, _) in enumerate(STEMS[stem])]
     layers.append((3, 2, 1))  # max pooling
     dilations = ((1, 1), (1, 1), *DILATIONS[dilation])
@@ -53,7 +51,8 @@ def layers_of(depth: int, stem: str, dilation: str) -> list[Layer]:
 def receptive_field(layers: list[Layer]) -> int:
     """Side, in pixels, of the square of the image on which one cell of the last layer depends.
 
-    A layer adds (kernel - 1) * dilation steps of its input, each as wide as the strides before it.
+    A layer adds (kernel - 1) * dilation cells of its input; the width of a cell is the product of
+    the strides before it.
     """
     side, step = 1, 1
     for kernel, stride, dilation in layers:
@@ -63,20 +62,13 @@ def receptive_field(layers: list[Layer]) -> int:
 
 
 def train(network: str, seed: int, steps: int, workdir: Path) -> Path:
-    """Runs one training unless its last evaluation is there; returns the folder of that."""
+    """Runs one training if its last evaluation does not exist; returns the folder of that."""
     run = workdir / f'{network}-steps{steps}-seed{seed}'
     result = run / 'eval' / f'{steps}-whole'
     if not (result / 'metrics.json').exists():
         arguments = f'bins={NETWORKS[network]},seed={seed},steps={steps}'
-        command = [
-            sys.executable,
-            '-m',
-            'psp_jax.main',
-            '--config',
-            f'{CONFIG}:{arguments}',
-            '--workdir',
-            str(run),
-        ]
+        command = [sys.executable, '-m', 'psp_jax.main', '--workdir', str(run)]
+        command += ['--config', f'{CONFIG}:{arguments}']
         print(f'== {network}, seed {seed}', file=sys.stderr, flush=True)
         code = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False).returncode
         if code:
@@ -88,23 +80,23 @@ def measure(result: Path) -> dict[str, float]:
     """`MEASURES` of one evaluation, as fractions.
 
     'confused' is the share of the pixels labelled car or boat that are predicted as the other of
-    the two; a network that tells vehicles from the rest and then guesses has about half.
+    the two. A network that recognises vehicles and then guesses has about half.
     """
     scores = json.loads((result / 'metrics.json').read_text())
     iou = {c['name']: c['iou'] for c in scores['classes']}
-    confusion = np.load(result / 'confusion.npy')  # of (label, prediction)
+    confusion = np.load(result / 'confusion.npy')  # [label, prediction]
     vehicles = [scenes.CAR, scenes.BOAT]
-    exchanged = confusion[scenes.CAR, scenes.BOAT] + confusion[scenes.BOAT, scenes.CAR]
+    confused = confusion[scenes.CAR, scenes.BOAT] + confusion[scenes.BOAT, scenes.CAR]
     return {
         'mIoU': scores['mIoU'],
         'car IoU': iou['car'],
         'boat IoU': iou['boat'],
-        'confused': float(exchanged / confusion[vehicles].sum()),
+        'confused': float(confused / confusion[vehicles].sum()),
     }
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, Any]:
-    """Mean and sample standard deviation (None of a single run) of each measure over the seeds."""
+    """Mean and sample standard deviation (None for a single run) of each measure."""
     columns = {name: [run[name] for run in runs] for name in MEASURES}
     return {
         name: {
@@ -116,7 +108,7 @@ def summary(runs: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as lines for people, in percent."""
+    """The report as lines of text, in percent."""
     lines = [f'{"":<10}' + ''.join(f'{name:>18}' for name in (*MEASURES, 'receptive field'))]
     for network, found in report['networks'].items():
         cells = []
@@ -127,26 +119,12 @@ def table(report: dict[str, Any]) -> str:
         field = found['receptive_field']
         cells.append(field if isinstance(field, str) else f'{field} px')
         lines.append(f'{network:<10}' + ''.join(f'{cell:>18}' for cell in cells))
-    height, width = report['picture']
     cue = report['cue_distance']
     lines.append(
         f'percent, mean +- sample standard deviation over {len(report["seeds"])} seed(s), '
-        f'{report["steps"]} steps; confused = car as boat or boat as car, guessing gives about 50\n'
-        f'pictures of {height} x {width} pixels; from a car or boat to the nearest cue: '
-        f'{cue["min"]:.1f} px at least, {cue["median"]:.1f} px in the median'
-    )
-    reach = report['networks']['fcn']['receptive_field'] // 2
-    corner = float(np.hypot(height - 1, width - 1))
-    verdict = (
-        'more than the picture: the FCN could see every cue, and the table says what it learned'
-        if reach >= max(height, width) - 1
-        else 'beyond the nearest cue of some pictures'
-        if reach >= cue['min']
-        else 'less than the distance of any cue: the FCN cannot know'
-    )
-    lines.append(
-        f"in theory the FCN sees {reach} px to each side (the picture's diagonal is "
-        f'{corner:.0f} px), {verdict}'
+        f'{report["steps"]} steps; confused: car as boat or boat as car, guessing gives about 50\n'
+        f'distance from a car or boat to the nearest cue: {cue["min"]:.1f} px or more, median '
+        f'{cue["median"]:.1f} px; half the receptive field reaches that far if it is larger'
     )
     return '\n'.join(lines)
 
@@ -169,7 +147,7 @@ def main() -> None:
     first, last = map(int, config.data.val.split(':'))
     distances = [scenes.cue_distance(index) for index in range(first, last)]
 
-    # Seed by seed, so that an unfinished experiment already compares the two.
+    # Seed by seed, so that an unfinished experiment compares both networks too.
     runs: dict[str, list[dict[str, float]]] = {network: [] for network in NETWORKS}
     for seed in flags.seeds:
         for network, measured in runs.items():
@@ -177,11 +155,10 @@ def main() -> None:
     report = {
         'steps': flags.steps,
         'seeds': flags.seeds,
-        'picture': [scenes.HEIGHT, scenes.WIDTH],
         'cue_distance': {'min': min(distances), 'median': statistics.median(distances)},
         'networks': {
             network: {
-                'receptive_field': field if network == 'fcn' else 'the picture',
+                'receptive_field': field if network == 'fcn' else 'whole image',
                 'runs': measured,
                 'summary': summary(measured),
             }

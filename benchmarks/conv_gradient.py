@@ -1,11 +1,11 @@
-"""Times a training step with our kernel gradient of 3x3 convolutions against the compiler's own.
+"""Times a training step with our kernel gradient of 3x3 convolutions and with the compiler's own.
 
     python -m benchmarks.conv_gradient [--crop 97] [--batch 2] [--repeats 10]
 
-Both steps are of the CamVid network, differ in nothing else and take turns, so that whatever else
-the machine does meets both. Prints JSON: the median seconds of each, their ratio, and how far the
-two gradients of the first step lie apart. On accelerators our step uses the compiler's gradient
-too, and the ratio is one but for noise.
+Both steps train the CamVid network and differ in nothing else. They take turns, so that other load
+on the machine affects both. Prints JSON: the median seconds of each, their ratio, and the
+difference of the two gradients of the first step. On accelerators our step uses the compiler's
+gradient too, and the ratio is 1 up to noise.
 """
 
 import argparse
@@ -22,20 +22,20 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from psp_jax import optimizer, train
+from psp_jax import train
 from psp_jax.config_check import load_config
 from psp_jax.data.labels import label_space
-from psp_jax.mesh import make_mesh, put_batch, replicated
-from psp_jax.model import layers, pspnet
-from psp_jax.state import create_state, jit_for_one_call
+from psp_jax.mesh import make_mesh, put_images, replicated
+from psp_jax.model import layers
+from psp_jax.state import jit_for_one_call, new_state, setup
 
 CONFIG = Path(__file__).parents[1] / 'configs' / 'camvid.py'
 CONVOLUTIONS = {'shifts': layers.spatial_conv, 'native': layers.native_conv}
-TOLERANCE = 1e-3  # of the gradients in float32, which sum the same products in another order
+TOLERANCE = 1e-3  # relative; the gradients add the same float32 products in another order
 
 
 def random_batch(config: ConfigDict) -> dict[str, np.ndarray]:
-    """Noise, of the shapes of a training batch: what it shows does not change the time."""
+    """A training batch of noise. The contents do not change the time."""
     rng = np.random.default_rng(0)
     shape = (config.batch_size, config.data.crop, config.data.crop)
     classes = len(label_space(config.data.classes).names)
@@ -46,7 +46,7 @@ def random_batch(config: ConfigDict) -> dict[str, np.ndarray]:
 
 
 def relative_difference(a: Any, b: Any) -> float:
-    """The largest of |a - b| / max |b| over the tensors of two trees."""
+    """The largest |a - b| / max |b| over the arrays of two trees."""
     return max(
         float(np.abs(x - y).max() / np.abs(y).max())
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
@@ -54,24 +54,19 @@ def relative_difference(a: Any, b: Any) -> float:
 
 
 def compare(config: ConfigDict, repeats: int) -> dict[str, Any]:
-    """Median seconds a step by either gradient, their ratio and the gradients' difference."""
-    mesh = make_mesh(1, config.batch_size)
-    model = pspnet.build(config)
-    params = jax.eval_shape(lambda: create_state(model, optax.identity(), config.seed)).params
-    tx = optimizer.make_optimizer(params, config.optimizer)
-    make_state = jit_for_one_call(
-        lambda: create_state(model, tx, config.seed), out_shardings=replicated(mesh)
-    )
-    batch = put_batch(random_batch(config), mesh)
+    """Median seconds of a step with each gradient, their ratio and the gradients' difference."""
+    mesh, run = make_mesh(1, config.batch_size), setup(config)
+    make_state = jit_for_one_call(lambda: new_state(run), out_shardings=replicated(mesh))
+    batch = put_images(**random_batch(config), mesh=mesh)
 
     steps, states, gradients = {}, {}, {}
     for name, convolution in CONVOLUTIONS.items():
-        steps[name] = train.compile_step(mesh, model, tx, config)
+        steps[name] = train.compile_step(run, mesh)
         state = make_state()
         decay = jax.tree.map(lambda p: config.optimizer.weight_decay * np.asarray(p), state.params)
-        with mock.patch.object(layers, 'spatial_conv', convolution):  # traced at the first call
+        with mock.patch.object(layers, 'spatial_conv', convolution):  # the first call traces
             states[name], _ = steps[name](state, batch)
-        # The momentum begins at zero: after one step it is the gradient plus the decay.
+        # The momentum starts at zero, so after one step it is the gradient plus the decay.
         momentum = optax.tree.get(states[name].opt_state, 'trace')
         gradients[name] = jax.tree.map(lambda m, d: np.asarray(m) - d, momentum, decay)
 
@@ -97,7 +92,7 @@ def main() -> None:
     )
     parser.add_argument('--crop', type=int, default=97, help='pixels, 8n + 1')
     parser.add_argument('--batch', type=int, default=2)
-    parser.add_argument('--repeats', type=int, default=10, help='steps of each that are timed')
+    parser.add_argument('--repeats', type=int, default=10, help='timed steps of each')
     flags = parser.parse_args()
     config = load_config(
         str(CONFIG),

@@ -2,33 +2,33 @@
 
 Command:  python -m psp_jax.main --config configs/ade20k.py
           python -m psp_jax.main --config configs/ade20k.py:depth=101,recipe=semseg
-          docs/ablations.md has the command of each row of the paper's tables.
+          docs/ablations.md has a command for each row of the paper's tables.
 
 Arguments:
   depth=50          18 | 34 | 50 | 101 | 152 | 269
   recipe=paper      paper: 150,000 steps; semseg (the authors' PyTorch code): 126,300 steps
-  bins=(1,2,3,6)    grids of the pyramid; () = the dilated FCN that the paper calls the baseline
+  bins=(1,2,3,6)    grids of the pyramid; () = the dilated FCN, the paper's baseline
   pool=average      average | max
-  reduce=true       false = no 1x1 convolutions within the pyramid
-  aux=0.4           weight of the auxiliary loss; 0 = without the auxiliary head
+  reduce=true       false = no 1x1 convolutions in the pyramid
+  aux=0.4           weight of the auxiliary loss; 0 = no auxiliary head
   augment=true      false = crops only: no scaling, rotation, blur or mirroring
-  source=dirs       dirs: the folders below; tfds: what psp_jax.datasets prepares
+  source=dirs       dirs: the folders below; tfds: the data set that psp_jax.datasets makes
 
 Expect:   published validation mIoU / pixel accuracy, by sliding windows at a single scale:
           PSPNet-50 41.68 / 80.04 (paper, Table 3) and 41.89 / 80.39 (semseg's README),
-          PSPNet-101 41.96 / 80.64 and 43.10 / 81.07. Each started from ImageNet weights,
-          as this does: timm's resnet50s, 101s or 152s, fetched from the Hugging Face Hub.
-          Evaluations during training see images in one piece, 513 pixels long; the published way is
+          PSPNet-101 41.96 / 80.64 and 43.10 / 81.07. All start from ImageNet weights. So
+          does this: timm's resnet50s, 101s or 152s, downloaded from the Hugging Face Hub.
+          Evaluations during training use whole images, 513 pixels long. For the published way use
           `--mode eval --config.eval.protocol=semseg`.
 
-Fits:     as it stands on one card of 80 GB: 19.3 GiB of an H100 as compiled, 34.8 at depth=101. Of
-          TPUs, in bfloat16, on one v5e chip: 9.5 of 15.75 GiB; v5e:2x4 has 2.0 a chip, 3.4 at
-          depth=101 (docs/scale.md).
+Fits:     one GPU of 80 GB: the compiled program needs 19.3 GiB on an H100, 34.8 at depth=101. In
+          bfloat16 it fits on one v5e TPU chip: 9.5 of 15.75 GiB. On v5e:2x4 it needs 2.0 GiB a
+          chip, 3.4 at depth=101 (docs/scale.md).
 
-Data:     ADEChallengeData2016 as it is downloaded, in `data/ade20k` (or --config.data.root=DIR):
+Data:     the folders of ADEChallengeData2016 in `data/ade20k` (or --config.data.root=DIR):
           images/{training,validation}/*.jpg and annotations/{training,validation}/*.png,
-          20,210 and 2,000 pairs. Label 0 ('other') is ignored, 1 to 150 become 0 to 149. Or, with
-          source=tfds, `python -m psp_jax.datasets ade20k`, which downloads the archive (0.9 GB).
+          20,210 and 2,000 pairs. Label 0 ('other') is ignored, 1 to 150 become 0 to 149. For
+          source=tfds run `python -m psp_jax.datasets ade20k`, which downloads the archive (0.9 GB).
 """
 
 from ml_collections import ConfigDict
@@ -68,11 +68,11 @@ def get_config(arg: str = '') -> ConfigDict:
         config.data.mirror = 0.0
 
     set_depth(config, args.depth)
-    config.init_from = imagenet_weights(args.depth)  # '' for 18, 34 and 269: none are public
+    config.init_from = imagenet_weights(args.depth)  # '' for 18, 34 and 269
     config.model.bins = args.bins
     config.model.pool = args.pool
     config.model.reduce = args.reduce
     config.loss.aux_weight = args.aux
-    config.eval.base_size = 512  # pixels, the long side; it becomes the nearest 8n + 1
-    config.eval.multiple = 64  # the images have hundreds of sizes: at most 15 programs
+    config.eval.base_size = 512  # pixels, the long side, rounded to the nearest 8n + 1
+    config.eval.multiple = 64  # at most 15 programs for images of hundreds of sizes
     return config

@@ -5,18 +5,18 @@ Command:  python -m psp_jax.main --config configs/camvid.py
 Arguments:
   depth=18          18 | 34 | 50 | 101 | 152 | 269
   seed=0
-  source=list       list: the files below; tfds: what psp_jax.datasets prepares
+  source=list       list: the files below; tfds: the data set that psp_jax.datasets makes
 
 Expect:   about 0.40 mIoU and 0.85 pixel accuracy on the 101 validation images after 800 steps of
           batch 8, without pretrained weights.
 
-Fits:     any device: 0.5 GiB of a card as compiled (docs/scale.md).
+Fits:     any device: the compiled program needs 0.5 GiB on a GPU (docs/scale.md).
 
-Data:     the SegNet form of CamVid, 480 x 360, in `data/camvid` (or --config.data.root=DIR):
+Data:     SegNet's form of CamVid, 480 x 360, in `data/camvid` (or --config.data.root=DIR):
           images/{train,val}/*.jpg or .png, labels/{train,val}/*.png with ids 0 to 10 and 11 = void,
           and the lists train.txt (367 lines) and val.txt (101) of lines 'image label'.
 
-The validation frames are near-consecutive and of one clip: differences of a point are noise.
+The validation frames are nearly consecutive frames of one clip: a difference of a point is noise.
 """
 
 from ml_collections import ConfigDict
@@ -52,5 +52,5 @@ def get_config(arg: str = '') -> ConfigDict:
     config.init_from = ''  # random weights
     config.optimizer.learning_rate = 0.01
     config.optimizer.recipe_batch_size = 8
-    config.eval.base_size = 481  # 480 x 360 as 481 x 361, the nearest 8n + 1
+    config.eval.base_size = 481  # 480 x 360 becomes 481 x 361, the nearest 8n + 1
     return config

@@ -2,8 +2,8 @@
 
 Command:  python -m psp_jax.main --config configs/cityscapes.py:depth=101
 
-          With the coarse annotations, which took the paper from 78.4 to 80.2 mIoU on the test set,
-          in two stages:
+          With the coarse annotations (in the paper 80.2 mIoU on the test set instead of 78.4) it
+          takes two stages:
 
           python -m psp_jax.main --workdir runs/coarse \
               --config configs/cityscapes.py:depth=101,source=tfds,recipe=coarse
@@ -14,36 +14,36 @@ Arguments:
   depth=50          18 | 34 | 50 | 101 | 152 | 269
   recipe=paper      paper: 90,000 steps, without rotation and blur
                     semseg (the authors' PyTorch code): 37,200 steps, with both
-                    coarse: as paper, on the 19,998 coarsely annotated images: the first stage
-  source=list       list: the files below; tfds: what psp_jax.datasets prepares
+                    coarse: the first of two stages, on the 19,998 coarsely annotated images
+  source=list       list: the files below; tfds: the data set that psp_jax.datasets makes
 
 Expect:   published validation mIoU / pixel accuracy (semseg's README), by sliding windows at a
           single scale: PSPNet-50 77.30 / 95.97, PSPNet-101 78.63 / 96.14. The paper reports the
-          test set: 78.4 mIoU with PSPNet-101 at several scales. Each started from ImageNet weights,
-          as this does: timm's resnet50s, 101s or 152s, fetched from the Hugging Face Hub.
-          Evaluations during training see images in one piece, 2049 x 1025; the published way is
+          test set: 78.4 mIoU with PSPNet-101 at several scales. All start from ImageNet weights. So
+          does this: timm's resnet50s, 101s or 152s, downloaded from the Hugging Face Hub.
+          Evaluations during training use whole images, 2049 x 1025. For the published way use
           `--mode eval --config.eval.protocol=semseg`.
 
-Fits:     as it stands on one card of 80 GB: 43.7 GiB of an H100 as compiled. depth=101 needs
-          bfloat16 there: 39.6 of 59.3 GiB, where float32 takes 60.2. Of TPUs, in bfloat16, on
-          one v5e chip: 14.7 of 15.75 GiB; v5e:2x2 has 7.6 a chip, v5e:2x4 6.7 at depth=101
-          (docs/scale.md).
+Fits:     one GPU of 80 GB: the compiled program needs 43.7 GiB on an H100. depth=101 needs
+          bfloat16 there: 39.6 of 59.3 GiB; in float32 it needs 60.2. In bfloat16 it fits on one
+          v5e TPU chip: 14.7 of 15.75 GiB. On v5e:2x2 it needs 7.6 GiB a chip, on v5e:2x4 6.7 at
+          depth=101 (docs/scale.md).
 
-Data:     leftImg8bit and gtFine in `data/cityscapes` (or --config.data.root=DIR), the latter with
-          the *_labelTrainIds.png that csCreateTrainIdLabelImgs of cityscapesscripts makes. The
-          lists, of 2,975 and 500 lines, are made in that folder by
+Data:     leftImg8bit and gtFine in `data/cityscapes` (or --config.data.root=DIR), with the
+          *_labelTrainIds.png that csCreateTrainIdLabelImgs of cityscapesscripts makes. Run this in
+          that folder to make the lists, of 2,975 and 500 lines:
 
   for split in train val; do
       (cd leftImg8bit/$split && ls */*.png) | sed "s|_leftImg8bit.png||; s|.*|leftImg8bit/$split/&\
 _leftImg8bit.png gtFine/$split/&_gtFine_labelTrainIds.png|" > fine_$split.txt; done
 
-          Lists of the original *_labelIds.png work with --config.data.label_map=cityscapes_ids.
-          coarse_train_extra.txt pairs leftImg8bit/train_extra with gtCoarse/train_extra likewise.
+          Lists of the original *_labelIds.png need --config.data.label_map=cityscapes_ids.
+          coarse_train_extra.txt is the same for leftImg8bit/train_extra and gtCoarse/train_extra.
 
-          With source=tfds none of that is needed: put leftImg8bit_trainvaltest.zip and
+          source=tfds needs none of this. Put leftImg8bit_trainvaltest.zip and
           gtFine_trainvaltest.zip (and leftImg8bit_trainextra.zip and gtCoarse.zip) of
-          cityscapes-dataset.com into a folder, and
-          `python -m psp_jax.datasets cityscapes --manual_dir FOLDER` makes it of the label ids.
+          cityscapes-dataset.com into a folder and run
+          `python -m psp_jax.datasets cityscapes --manual_dir FOLDER`.
 """
 
 from ml_collections import ConfigDict
@@ -73,7 +73,7 @@ def get_config(arg: str = '') -> ConfigDict:
         config.data.blur = 0.0
 
     set_depth(config, args.depth)
-    config.init_from = imagenet_weights(args.depth)  # '' for 18, 34 and 269: none are public
-    config.eval.base_size = 2048  # pixels, the long side; it becomes the nearest 8n + 1
+    config.init_from = imagenet_weights(args.depth)  # '' for 18, 34 and 269
+    config.eval.base_size = 2048  # pixels, the long side, rounded to the nearest 8n + 1
     config.eval.batch_size = 2  # images of 2 megapixels
     return config

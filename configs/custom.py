@@ -1,27 +1,27 @@
-"""PSPNet on your own images. docs/your_data.md goes through it step by step.
+"""PSPNet on your own images. docs/your_data.md explains each step.
 
 Command:  python -m psp_jax.main --config configs/custom.py:root=data/mine \
               --config.data.classes=road,tree,car --workdir runs/mine
 
-          No line here needs to be changed for that. For more than a try, copy the file and change
-          what is marked: it then tells what you ran.
+          This needs no edits. For more than a first try, copy this file and change the marked
+          lines; the copy then records what you ran.
 
 Arguments:
   root=data/custom  the folder with your data
-  source=dirs       dirs: the folders images/{train,val} and labels/{train,val}, whose files have
-                    the same names; list: the files train.txt and val.txt, lines of 'image label'
-  depth=50          18 | 34 | 50 | 101 | 152 | 269; 18 is the one for a small machine
+  source=dirs       dirs: the folders images/{train,val} and labels/{train,val}, with the same
+                    file names; list: the files train.txt and val.txt, lines of 'image label'
+  depth=50          18 | 34 | 50 | 101 | 152 | 269; take 18 on a small machine
   steps=20000       training steps
 
 Data:     images and label maps of the same size. A label map is a PNG whose values are class ids:
-          0, 1, 2, ... in the order of data.classes, and 255 for pixels that do not count. A palette
-          PNG is read as its indices. `python -m psp_jax.data.convert` makes label maps and lists of
-          what annotation tools write.
+          0, 1, 2, ... in the order of data.classes, and 255 for pixels to ignore. Of a palette PNG
+          the indices are read. `python -m psp_jax.data.convert` makes label maps and lists from
+          the files of annotation tools.
 
-Expect:   nothing yet. If validation mIoU stays near 1 / classes, look at data.label_map first.
+Expect:   that depends on your data. If validation mIoU stays near 0, check data.label_map first.
 
-Fits:     as it stands on one card of 80 GB, 19.3 GiB of an H100 as compiled (docs/scale.md); with a
-          smaller batch_size on smaller ones: about 1.2 GiB an image.
+Fits:     one GPU of 80 GB: the compiled program needs 19.3 GiB on an H100 (docs/scale.md). With a
+          smaller batch_size it fits on smaller ones: about 1.2 GiB an image.
 """
 
 from ml_collections import ConfigDict
@@ -38,19 +38,19 @@ LAYOUTS = {
 def get_config(arg: str = '') -> ConfigDict:
     args = parse_arg(arg, root='data/custom', source='dirs', depth=50, steps=20_000)
     config = default_config()
-    config.batch_size = 16  # CHANGE if memory is short: learning_rate in proportion
+    config.batch_size = 16  # CHANGE if memory is short, and learning_rate in proportion
     config.total_steps = args.steps
     config.eval_every = 1_000
 
     config.data.source = args.source
     config.data.root = args.root  # CHANGE
     config.data.train, config.data.val = choose('source', args.source, LAYOUTS)
-    config.data.classes = 'background,object'  # CHANGE: names in the order of their ids
+    config.data.classes = 'background,object'  # CHANGE: the names, in the order of their ids
     config.data.label_map = ''  # CHANGE if values are not class ids: '{0: 255, 7: 1}'
-    config.data.crop = 473  # CHANGE to 8n + 1, about the size that images have
+    config.data.crop = 473  # CHANGE to 8n + 1, about the size of the images
 
     set_depth(config, args.depth)
-    config.init_from = imagenet_weights(args.depth)  # '' for 18, 34 and 269: none are public
+    config.init_from = imagenet_weights(args.depth)  # '' for 18, 34 and 269
     config.eval.base_size = 0  # CHANGE to a number of pixels if images are large
-    config.eval.multiple = 64  # few programs, should the images have many sizes
+    config.eval.multiple = 64  # few programs, even if the images have many sizes
     return config

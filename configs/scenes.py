@@ -1,7 +1,7 @@
 """PSPNet-18 on the built-in scenes: nothing to download, minutes on a CPU.
 
-The scenes are drawn on the fly. The same object is a car in a street and a boat in a harbour, and
-only the far context tells which: the first observation of the paper (section 3.1) as a data set.
+The scenes are drawn when they are read. The same object is a car in a street and a boat in a
+harbour, and only the far side of the image tells which (paper, section 3.1).
 
 Command:  python -m psp_jax.main --config configs/scenes.py
           python -m psp_jax.main --config 'configs/scenes.py:bins=()'     the plain dilated FCN
@@ -12,10 +12,10 @@ Arguments:
   steps=360         training steps
   depth=18          18 | 34 | 50 | 101 | 152 | 269
 
-Expect:   mIoU of 0.80 or more on 200 scenes that training never draws, in about 5 minutes on two
+Expect:   mIoU of 0.80 or more on 200 scenes that training never uses, in about 5 minutes on two
           CPU cores.
 
-Fits:     any device: 0.3 GiB of a card as compiled (docs/scale.md).
+Fits:     any device: the compiled program needs 0.3 GiB on a GPU (docs/scale.md).
 """
 
 from ml_collections import ConfigDict
@@ -38,7 +38,7 @@ def get_config(arg: str = '') -> ConfigDict:
     config.data.val = '1000000:1000200'
     config.data.classes = 'scenes'
     config.data.crop = (65, 129)
-    # Hardly a scene is seen twice, so that there is nothing to gain from bending them.
+    # A scene is rarely used twice, so augmentation would add nothing.
     config.data.scale = (1.0, 1.0)
     config.data.rotate = 0.0
     config.data.blur = 0.0

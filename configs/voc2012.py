@@ -2,7 +2,7 @@
 
 Command:  python -m psp_jax.main --config configs/voc2012.py:depth=101
 
-          From COCO, as for the paper's 85.4 mIoU on the test set, in two stages:
+          With COCO, as for the paper's 85.4 mIoU on the test set, it takes two stages:
 
           python -m psp_jax.main --config configs/voc2012.py:depth=101,pretrain=coco \
               --workdir runs/coco
@@ -12,32 +12,32 @@ Command:  python -m psp_jax.main --config configs/voc2012.py:depth=101
 Arguments:
   depth=50          18 | 34 | 50 | 101 | 152 | 269
   recipe=paper      paper: 30,000 steps; semseg (the authors' PyTorch code): 33,050 steps
-  pretrain=none     none, or coco: the first of two stages, on COCO with VOC's classes, in 150,000
-                    steps (our choice, some 26 epochs: the paper does not tell)
-  source=list       list: the files below; tfds: what psp_jax.datasets prepares
+  pretrain=none     none, or coco: the first of two stages, on COCO with VOC's classes, for 150,000
+                    steps (about 26 epochs; the paper does not give a number, this is our choice)
+  source=list       list: the files below; tfds: the data set that psp_jax.datasets makes
 
 Expect:   published validation mIoU / pixel accuracy (semseg's README), by sliding windows at a
           single scale: PSPNet-50 77.05 / 94.89, PSPNet-101 79.07 / 95.34. The paper reports the
-          test set: 82.6 mIoU with PSPNet-101 at several scales. Each started from ImageNet weights,
-          as this does: timm's resnet50s, 101s or 152s, fetched from the Hugging Face Hub.
-          Evaluations during training see images in one piece, 513 pixels long; the published way is
+          test set: 82.6 mIoU with PSPNet-101 at several scales. All start from ImageNet weights. So
+          does this: timm's resnet50s, 101s or 152s, downloaded from the Hugging Face Hub.
+          Evaluations during training use whole images, 513 pixels long. For the published way use
           `--mode eval --config.eval.protocol=semseg`.
 
-Fits:     as it stands on one card of 80 GB: 19.3 GiB of an H100 as compiled, 34.7 at depth=101. Of
-          TPUs, in bfloat16, on one v5e chip: 9.5 of 15.75 GiB; v5e:2x4 has 2.0 a chip, 3.4 at
-          depth=101 (docs/scale.md).
+Fits:     one GPU of 80 GB: the compiled program needs 19.3 GiB on an H100, 34.7 at depth=101. In
+          bfloat16 it fits on one v5e TPU chip: 9.5 of 15.75 GiB. On v5e:2x4 it needs 2.0 GiB a
+          chip, 3.4 at depth=101 (docs/scale.md).
 
 Data:     VOCdevkit/VOC2012 in `data/voc2012` (or --config.data.root=DIR), and within it the labels
           of the Semantic Boundaries Dataset as SegmentationClassAug/*.png. Palette PNGs are fine.
-          The lists are made in that folder by
+          Run this in that folder to make the lists:
 
   sed 's|.*|JPEGImages/&.jpg SegmentationClass/&.png|' ImageSets/Segmentation/val.txt > val.txt
   ls SegmentationClassAug | sed 's|.png$||' | grep -vxFf ImageSets/Segmentation/val.txt |
       sed 's|.*|JPEGImages/&.jpg SegmentationClassAug/&.png|' > train_aug.txt
 
-          and have 1,449 and 10,582 lines. Label 255, the objects' border, is ignored. With
-          source=tfds, `python -m psp_jax.datasets voc2012` downloads all of it (3.4 GB) and makes
-          the same sets; COCO comes by `python -m psp_jax.datasets coco_voc` (20 GB; needs
+          They have 1,449 and 10,582 lines. Label 255, the border of the objects, is ignored. For
+          source=tfds run `python -m psp_jax.datasets voc2012`, which downloads all of it (3.4 GB)
+          and makes the same sets. For COCO run `python -m psp_jax.datasets coco_voc` (20 GB; needs
           pycocotools).
 """
 
@@ -66,7 +66,7 @@ def get_config(arg: str = '') -> ConfigDict:
         config.total_steps = 150_000
 
     set_depth(config, args.depth)
-    config.init_from = imagenet_weights(args.depth)  # '' for 18, 34 and 269: none are public
-    config.eval.base_size = 512  # pixels, the long side; it becomes the nearest 8n + 1
-    config.eval.multiple = 64  # the images have hundreds of sizes: at most 15 programs
+    config.init_from = imagenet_weights(args.depth)  # '' for 18, 34 and 269
+    config.eval.base_size = 512  # pixels, the long side, rounded to the nearest 8n + 1
+    config.eval.multiple = 64  # at most 15 programs for images of hundreds of sizes
     return config

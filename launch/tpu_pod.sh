@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU slice, as a queued resource: asks for it, trains on all its hosts, and begins
-# again by itself when it is taken away. https://cloud.google.com/tpu/docs/queued-resources
+# A run on a Cloud TPU slice: requests the slice, trains on all its hosts, and requests another one
+# when it is taken away. https://cloud.google.com/tpu/docs/queued-resources
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,35 +10,34 @@ usage() {
 usage: launch/tpu_pod.sh COMMAND NAME [options] [-- flags of psp_jax.main]
 
 commands:
-  create   ask for the slice and wait until it is there
-  run      create it unless it is there, install psp_jax on it and train; begin again after each
-           preemption, until the run is finished. Where it is running already, follow it.
-  status   the request, the slice, and the last lines of each host's log
+  create   request the slice and wait until it is there
+  run      create the slice if it does not exist, install psp_jax on it and train. Starts again
+           after each preemption until the run is finished. Follows a run that is already running.
+  status   print the request, the slice, and the last lines of each host's log
   logs     follow the log of a host
-  delete   stop the run by SIGTERM, which leaves a checkpoint, and give the slice back, but not if
-           stopping fails. End `run` first: it would ask for the slice anew.
+  delete   stop the run with SIGTERM, which saves a checkpoint, and give the slice back. First end
+           `run` with Ctrl-C: it would request the slice again.
 
 options:
   --zone ZONE       such as us-west4-a (default: the variable ZONE)
-  --project ID      default: gcloud's own
-  --type TYPE       of the slice: v5litepod-16 (default), v6e-8, v5p-8, v4-8, ...
-  --runtime NAME    software of its hosts (default: the one for the type)
-  --on-demand       pay the full price for a slice that is not taken away; the default is spot
-  --worker N        for logs: which host (default: 0)
-  --delete-at-end   for run: delete the slice once the run has ended by itself
-  --force           for delete: give the slice back even if the run there cannot be stopped
-  --dry-run         print the commands and do nothing
+  --type TYPE       type of the slice: v5litepod-16 (default), v6e-8, v5p-8, v4-8, ...
+  --runtime NAME    software of the hosts (default: the one for the type)
+  --on-demand       pay the full price for a slice that is not taken away (default: spot)
+  --worker N        for logs: the number of the host (default: 0)
+  --delete-at-end   for run: delete the slice when the run ends by itself
+  --dry-run         print the commands and run none
 
 environment:
-  POLL=30           seconds between looks at a slice that is not there yet
-  RETRY_AFTER=600   seconds; a run that crashes earlier is not tried again
-  MAX_CRASHES=50    nor one that has crashed so often; and no more requests than that may fail
+  CLOUDSDK_CORE_PROJECT   the project (default: gcloud's)
+  POLL=30                 seconds between looks at a slice that is not there yet
+  RETRY_AFTER=600         a run that crashes within this many seconds is not started again
+  MAX_CRASHES=50          a run that has crashed this often is not started again
 
-The slice of a preempted run is a new one: --workdir and the data must be on a bucket (gs://...).
-Configurations must be in configs/, which is copied with psp_jax/.
+A preempted run continues on a new slice: --workdir and the data must be on a bucket (gs://...).
+Config files must be in configs/, which is copied to the hosts together with psp_jax/.
 
-exit code of run: 0 finished; 2 an error of the user's; 130 Ctrl-C, but the slice goes on training;
-that of psp_jax.main if it crashed within RETRY_AFTER on a slice that is still there.
+exit code of run: 0 finished; 2 an error that you can correct; 130 Ctrl-C (the slice goes on
+training); otherwise that of psp_jax.main.
 
 example:
   launch/tpu_pod.sh run r50 --zone us-west4-a --type v5litepod-16 -- \
@@ -55,22 +54,21 @@ fail() {
 }
 
 # ---- Flags
-command='' name='' zone=${ZONE-} project='' type=v5litepod-16 runtime='' spot=--spot worker=0
-delete_at_end='' force='' dry_run='' flags=()
+command='' name='' zone=${ZONE-} type=v5litepod-16 runtime='' spot=--spot worker=0
+delete_at_end='' dry_run='' flags=()
 while [ $# -gt 0 ]; do
     case $1 in
-    --zone | --project | --type | --runtime | --worker)
+    --zone | --type | --runtime | --worker)
         [ $# -gt 1 ] || fail "$1 needs a value"
         printf -v "${1#--}" '%s' "$2"
         shift
         ;;
-    --zone=* | --project=* | --type=* | --runtime=* | --worker=*)
+    --zone=* | --type=* | --runtime=* | --worker=*)
         option=${1%%=*}
         printf -v "${option#--}" '%s' "${1#*=}"
         ;;
     --on-demand) spot='' ;;
     --delete-at-end) delete_at_end=1 ;;
-    --force) force=1 ;;
     --dry-run) dry_run=1 ;;
     --help | -h)
         usage
@@ -98,28 +96,24 @@ case $command in
 create | run | status | logs | delete) ;;
 *) fail "COMMAND=$command: must be create, run, status, logs or delete" ;;
 esac
-[ -n "$name" ] || fail 'NAME is missing: what the slice is to be called'
+[ -n "$name" ] || fail 'NAME, the name of the slice, is missing'
 [ -n "$zone" ] || fail '--zone is missing'
-case $type in # https://cloud.google.com/tpu/docs/runtimes
-v6e-*) default_runtime=v2-alpha-tpuv6e ;;
-v5p-*) default_runtime=v2-alpha-tpuv5 ;;
-v5litepod-*) default_runtime=v2-alpha-tpuv5-lite ;;
-v[234]-*) default_runtime=tpu-ubuntu2204-base ;;
-*) default_runtime='' ;;
-esac
-runtime=${runtime:-$default_runtime}
-[ -n "$runtime" ] || fail "--type=$type: its --runtime is not known here"
-place=(--zone "$zone")
-[ -z "$project" ] || place+=(--project "$project")
-poll=${POLL:-30}
-retry_after=${RETRY_AFTER:-600}
-max_crashes=${MAX_CRASHES:-50}
+if [ -z "$runtime" ]; then # https://cloud.google.com/tpu/docs/runtimes
+    case $type in
+    v6e-*) runtime=v2-alpha-tpuv6e ;;
+    v5p-*) runtime=v2-alpha-tpuv5 ;;
+    v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+    v[234]-*) runtime=tpu-ubuntu2204-base ;;
+    *) fail "--type=$type: give the --runtime of this type too" ;;
+    esac
+fi
+poll=${POLL:-30} retry_after=${RETRY_AFTER:-600} max_crashes=${MAX_CRASHES:-50}
 
-# ---- Commands, each printed first
+# ---- Commands of gcloud, each printed first
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-show() { # as a shell takes it; what has several lines stays as it is
+show() { # prints a command as a shell takes it; words of several lines stay readable
     local word
     printf '+' >&2
     for word in "$@"; do
@@ -137,38 +131,31 @@ run() {
     [ -n "$dry_run" ] || "$@"
 }
 
-on_host() { # which one, or all; command
-    run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --quiet --worker="$1" --command="$2"
+tpu() { # kind, verb, other words
+    local kind=$1 verb=$2
+    shift 2
+    run gcloud compute tpus "$kind" "$verb" "$name" --zone "$zone" "$@"
 }
 
-assumed=NONE # the state that a dry run starts from
-
-describe() { # kind, field: sets `answer` to its value; '' if there is no such thing
-    local words=(gcloud compute tpus "$1" describe "$name" "${place[@]}" --format="value($2)") tries
-    show "${words[@]}"
-    answer=''
-    [ -z "$dry_run" ] || return 0
-    for tries in 1 2 3 4 5; do
-        ! answer=$("${words[@]}" 2>"$scratch/errors") || return 0
-        answer=''
-        ! grep -qiE 'not[ _]found' "$scratch/errors" || return 0
-        cat "$scratch/errors" >&2
-        [ "$tries" = 5 ] || sleep "$poll"
-    done
-    say 'error: gcloud does not say what the state is'
-    exit 1
+on_host() { # a number or all; command
+    tpu tpu-vm ssh --quiet --worker="$1" --command="$2"
 }
 
-find_state() { # sets `state` to NONE, WAITING, READY or GONE (then `why` says more)
-    describe queued-resources state.state
-    why=$answer
-    case $answer in
+field() { # kind, field: prints its value; nothing if the thing does not exist
+    tpu "$1" describe --format="value($2)" 2>"$scratch/errors" || {
+        grep -qiE 'not[ _]found' "$scratch/errors" || echo UNKNOWN # gcloud failed: look again later
+    }
+}
+
+find_state() { # sets `state` to NONE, WAITING, READY, GONE or FAILED, and `why`
+    why=$(field queued-resources state.state)
+    case $why in
     '') state=NONE ;;
-    SUSPENDED | FAILED) state=GONE ;;
+    SUSPENDED) state=GONE ;;
+    FAILED) state=FAILED ;;
     ACTIVE)
-        describe tpu-vm state
-        why="$why, $answer"
-        case $answer in
+        why=$(field tpu-vm state)
+        case $why in
         READY) state=READY ;;
         '' | PREEMPTED | TERMINATED | STOPPED) state=GONE ;;
         *) state=WAITING ;;
@@ -176,62 +163,47 @@ find_state() { # sets `state` to NONE, WAITING, READY or GONE (then `why` says m
         ;;
     *) state=WAITING ;;
     esac
-    [ -z "$dry_run" ] || state=$assumed
 }
 
 create() {
-    say "asking for $name: $type in $zone, ${spot:-on demand}"
-    run gcloud compute tpus queued-resources create "$name" "${place[@]}" --node-id "$name" \
-        --accelerator-type "$type" --runtime-version "$runtime" ${spot:+"$spot"} || return 1
-    assumed=READY
+    say "requesting $name: $type in $zone, ${spot:-on demand}"
+    tpu queued-resources create --node-id "$name" --accelerator-type "$type" \
+        --runtime-version "$runtime" ${spot:+"$spot"}
 }
 
-delete() {
-    run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet
-}
+delete() { tpu queued-resources delete --force --quiet; }
 
-was_ready='' is_new='' asked='' failures=0
+was_ready='' is_new=''
 wait_until_ready() { # sets `is_new` if the slice was not there at once
+    if [ -n "$dry_run" ]; then
+        create
+        return
+    fi
     local before=''
     while true; do
         find_state
-        [ "$before" = "$state" ] || say "$name is $state${why:+ ($why)}"
-        before=$state
+        [ "$before" = "$state$why" ] || say "$name is $state${why:+ ($why)}"
+        before=$state$why
         case $state in
         READY)
             was_ready=1
             return
             ;;
-        NONE)
-            [ -z "$asked" ] || sleep "$poll"
-            if ! create; then # refused for the first time, it may well be for good
-                [ -n "$asked$was_ready" ] || exit 1
-                say 'asking failed; trying again'
-            fi
-            asked=1
+        FAILED)
+            say "error: the request failed. Delete it, then try another --type or --zone"
+            exit 1
             ;;
-        GONE)
-            [ "$why" != FAILED ] || failures=$((failures + 1))
-            if [ "$why" = FAILED ] && { [ -z "$was_ready" ] || [ "$failures" -gt "$max_crashes" ]; }
-            then
-                gcloud compute tpus queued-resources describe "$name" "${place[@]}" >&2 || true
-                say "error: the request failed; delete it, then try another --type or --zone"
-                exit 1
-            fi
-            delete || {
-                say 'deleting failed; trying again'
-                sleep "$poll"
-            }
-            ;;
-        *) sleep "$poll" ;;
+        NONE) create || [ -n "$was_ready" ] || exit 1 ;; # later refusals are often temporary
+        GONE) delete || say 'deleting failed; trying again' ;;
         esac
         is_new=1
+        sleep "$poll"
     done
 }
 
-# ---- What runs on the hosts. A lost connection ends neither the run nor its log: the next one
-# (gcloud itself tries ten times) follows the process that is there.
-# shellcheck disable=SC2016  # it is for the hosts' shell to expand
+# ---- Commands that run on the hosts. A lost connection ends neither the run nor its log: the next
+# connection (gcloud itself tries ten times) follows the process that is running.
+# shellcheck disable=SC2016  # the hosts' shell expands these
 ON_HOST_INSTALL='set -e
 process=$(cat psp_jax/run.process 2>/dev/null || echo none)
 ! grep -qs psp_jax.main /proc/$process/cmdline || exit 0
@@ -246,11 +218,10 @@ python3 -m uv pip install --quiet --python .venv/bin/python -r requirements.txt 
 ON_HOST_RUN='cd psp_jax || exit 1
 touch run.log
 process=$(cat run.process 2>/dev/null || echo none)
+seen=$(wc -l < run.log)
 if grep -qs psp_jax.main /proc/$process/cmdline; then
     echo "following process $process on $(hostname)"
-    seen=$(wc -l < run.log)
 else
-    seen=$(wc -l < run.log)
     rm -f run.code
     export PYTHONUNBUFFERED=1
     setsid bash -c "trap : TERM; \"\$@\"; echo \$? > run.code" run "$@" \
@@ -268,11 +239,11 @@ kill -TERM -- -$process
 timeout 300 tail -n 5 -f --pid=$process run.log'
 
 install() {
-    say 'copying psp_jax to all hosts and installing what it needs'
+    say 'copying psp_jax to all hosts and installing its requirements'
+    local archive=$scratch/psp_jax.tgz tries
     run tar -C "$root" -czf "$archive" --exclude=__pycache__ psp_jax configs requirements.txt
-    local tries
-    for tries in 1 2 3; do # hosts that have just booted may refuse
-        ! run gcloud compute tpus tpu-vm scp "$archive" "$name:psp_jax.tgz" "${place[@]}" \
+    for tries in 1 2 3; do # hosts that have just started may refuse a connection
+        ! run gcloud compute tpus tpu-vm scp "$archive" "$name:psp_jax.tgz" --zone "$zone" \
             --quiet --worker=all || ! on_host all "$ON_HOST_INSTALL" || return 0
         [ "$tries" = 3 ] || sleep "$poll"
     done
@@ -288,17 +259,16 @@ finish() { # exit code
     if [ -n "$delete_at_end" ]; then
         delete
     else
-        say "$name is still there, and paid for: launch/tpu_pod.sh delete $name --zone $zone"
+        say "$name still exists and costs money: launch/tpu_pod.sh delete $name --zone $zone"
     fi
     exit "$1"
 }
 
 train() {
-    local code started lasted command_there installed='' crashes=0
+    local code started lasted training installed='' crashes=0
     [ ${#flags[@]} -gt 0 ] || fail 'run needs the flags of psp_jax.main after --'
-    archive=$scratch/psp_jax.tgz
-    trap 'say "$name goes on; follow it by the same command, end it by delete"; exit 130' INT
-    command_there="set -- $(printf '%q ' .venv/bin/python -m psp_jax.main "${flags[@]}")
+    trap 'say "$name goes on; the same command follows it, delete ends it"; exit 130' INT
+    training="set -- $(printf '%q ' .venv/bin/python -m psp_jax.main "${flags[@]}")
 $ON_HOST_RUN"
     while true; do
         is_new=''
@@ -309,7 +279,7 @@ $ON_HOST_RUN"
         fi
         say "training on all hosts of $name"
         code=0 started=$SECONDS
-        on_host all "$command_there" || code=$?
+        on_host all "$training" || code=$?
         [ -z "$dry_run" ] || exit 0
         case $code in
         0)
@@ -317,30 +287,22 @@ $ON_HOST_RUN"
             finish 0
             ;;
         2)
-            say 'error: psp_jax.main ended with 2: running it again would not help'
+            say 'error: psp_jax.main ended with 2; starting it again would not help'
             finish 2
             ;;
-        75) say 'preempted (75); the same command again' ;;
+        75) say 'preempted (75); starting again' ;;
         130) exit 130 ;;
-        255) say 'the connection was lost (255)' ;;
+        255) say 'the connection was lost (255); starting again' ;;
         *)
-            lasted=$((SECONDS - started))
-            [ "$code" != 69 ] || lasted=$retry_after # a host that did not come may be slow to start
+            lasted=$((SECONDS - started)) crashes=$((crashes + 1))
+            sleep "$poll" # a preemption takes a moment to show in the state
             find_state
-            if [ "$state" = READY ] && [ "$lasted" -lt "$retry_after" ]; then
-                sleep "$poll" # or is it that a preemption does not show yet?
-                find_state
-            fi
-            if [ "$state" = READY ] && [ "$lasted" -lt "$retry_after" ]; then
-                say "error: the run ended with $code after $lasted s"
+            if [ "$crashes" -gt "$max_crashes" ] || { [ "$state" = READY ] && [ "$code" != 69 ] &&
+                [ "$lasted" -lt "$retry_after" ]; }; then
+                say "error: the run ended with $code after $lasted s (crash number $crashes)"
                 finish "$code"
             fi
-            crashes=$((crashes + 1))
-            if [ "$crashes" -gt "$max_crashes" ]; then
-                say "error: the run ended with $code, its $crashes. crash"
-                finish "$code"
-            fi
-            say "the run ended with $code; the same command again"
+            say "the run ended with $code; starting again"
             ;;
         esac
     done
@@ -350,23 +312,14 @@ case $command in
 create) wait_until_ready ;;
 run) train ;;
 status)
-    run gcloud compute tpus queued-resources describe "$name" "${place[@]}"
-    run gcloud compute tpus tpu-vm describe "$name" "${place[@]}" \
-        --format='value(state, health, acceleratorType)'
+    tpu queued-resources describe
+    tpu tpu-vm describe --format='value(state, health, acceleratorType)'
     on_host all 'hostname; tail -n 3 psp_jax/run.log'
     ;;
 logs) on_host "$worker" 'tail -n 100 -F psp_jax/run.log' ;;
 delete)
-    assumed=READY
-    find_state
-    if [ "$state" = READY ]; then
-        code=0
-        on_host all "$ON_HOST_STOP" || code=$?
-        if [ "$code" != 0 ] && [ -z "$force" ]; then
-            say "error: the run could not be stopped ($code); --force gives the slice back all the same"
-            exit 1
-        fi
-    fi
+    on_host all "$ON_HOST_STOP" ||
+        say 'the run could not be stopped; the steps since its last checkpoint are lost'
     delete
     ;;
 esac

@@ -1,7 +1,7 @@
-"""The notebooks for Colab: what they hold, the commands in them, and each run from top to bottom.
+"""The notebooks for Colab: their contents, their commands, and a run of each from top to bottom.
 
-They run as papermill would run them, with a cell of other parameters behind their own, in a kernel
-that can reach no network for packages or weights.
+They run as papermill runs them, with a cell of other parameters after their own, in a kernel that
+cannot download packages or weights.
 """
 
 import ast
@@ -18,9 +18,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from subprocess import CalledProcessError
 from types import SimpleNamespace
-from unittest import mock
 
 import nbformat
 import numpy as np
@@ -33,16 +31,13 @@ from parity.foreign import CONV7, classifier, semseg
 from PIL import Image
 from test_tfds_source import NAMES, prepare, write_pets
 
-from psp_jax.config import default_config, flatten
 from psp_jax.config_check import load_config, resolve
 from psp_jax.data.decode import read_image
 from psp_jax.data.labels import label_space
 from psp_jax.data.sources import make_source
 from psp_jax.datasets.__main__ import make_builder
-from psp_jax.errors import UserError
 from psp_jax.main import parse_flags
 from psp_jax.predict import load
-from psp_jax.weights import files
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / 'notebooks'
@@ -62,25 +57,19 @@ def sources(notebook, kind):
 
 
 def parameters(notebook):
-    """{name: value} of the parameters' cell, which holds nothing but literals."""
+    """{name: value} of the cell of parameters, whose values are literals."""
     (found,) = (cell for cell in notebook.cells if 'parameters' in cell.metadata.get('tags', ()))
     assigned = ast.parse(found.source).body
     return {line.targets[0].id: ast.literal_eval(line.value) for line in assigned}
 
 
-# ---- What they hold
-
-
-def test_these_are_all_notebooks():
-    assert {path.stem for path in FOLDER.glob('*.ipynb')} == set(NAMES_OF_NOTEBOOKS)
+# ---- Contents
 
 
 @pytest.mark.parametrize('name', NAMES_OF_NOTEBOOKS)
-def test_a_notebook_is_valid_and_holds_no_output(name):
+def test_a_notebook_is_valid_and_has_no_output(name):
     notebook = read(name)
     nbformat.validate(notebook)
-    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
-    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
     for cell in notebook.cells:
         if cell.cell_type == 'code':
             assert cell.outputs == [] and cell.execution_count is None
@@ -88,33 +77,24 @@ def test_a_notebook_is_valid_and_holds_no_output(name):
     assert text == json.dumps(json.loads(text), indent=1, ensure_ascii=False) + '\n'  # small diffs
 
 
-def test_the_address_is_the_same_everywhere():
-    """Of the badge, which the notebook's page shows, and of the code that the notebook fetches."""
-    addresses = set()
+def test_all_have_the_same_repository_and_installation():
+    assert {path.stem for path in FOLDER.glob('*.ipynb')} == set(NAMES_OF_NOTEBOOKS)
+    found = set()
     for name in NAMES_OF_NOTEBOOKS:
         notebook = read(name)
-        (badge,) = re.findall(
-            r'\(https://colab\.research\.google\.com/github/(\S+?)\)', notebook.cells[0].source
-        )
-        owner_and_name, _, path = badge.partition('/blob/main/')
+        badge = r'\(https://colab\.research\.google\.com/github/(\S+?)/blob/main/(\S+?)\)'
+        ((repository, path),) = re.findall(badge, notebook.cells[0].source)
         assert (ROOT / path) == FOLDER / f'{name}.ipynb'
-        addresses |= {owner_and_name, parameters(notebook)['REPOSITORY']}
-        assert (FOLDER / f'{name}.ipynb').read_text().count(owner_and_name) == 2
-    assert len(addresses) == 1
-
-
-def test_all_install_in_the_same_way():
-    assert len({cell(read(name), 'install').source for name in NAMES_OF_NOTEBOOKS}) == 1
+        assert parameters(notebook)['REPOSITORY'] == repository
+        found.add((repository, cell(notebook, 'install').source))
+    assert len(found) == 1
 
 
 # ---- Commands
 
 
 def commands(notebook):
-    """The words of each `python -m psp_jax...` in code and text, with the parameters' values.
-
-    What a notebook works out itself is left as its name; of that the runs below are the test.
-    """
+    """The words of each `python -m psp_jax...` in code and text, with the parameters' values."""
     code = '\n'.join(sources(notebook, 'code')).replace('\\\n', ' ')
     lines = re.findall(r'^ *!(python -m psp_jax.*)', code, re.M)
     text = '\n'.join(sources(notebook, 'markdown'))
@@ -145,19 +125,14 @@ def test_every_command_is_legal(name, monkeypatch):
 
 
 @pytest.mark.parametrize('name', NAMES_OF_NOTEBOOKS)
-def test_every_key_and_every_example_of_flags_is_legal(name):
+def test_every_example_of_flags_is_legal(name):
     code, text = ('\n'.join(sources(read(name), kind)) for kind in ('code', 'markdown'))
-    keys = set(re.findall(r'--config\.([\w.]+)', code + text)) - {'KEY'}
-    assert keys <= flatten(default_config()).keys()
     examples = re.findall(r"^FLAGS = ''  # .*?: '(.*)'$", code, re.M)
     examples += re.findall(r"`FLAGS = '(.*)'`", text)
     examples += re.findall(r"`('?--config\.[a-z][^`]*)`", text)
-    assert len(examples) == {'quickstart': 2, 'pets': 0, 'evaluate': 3}[name]
-    for example in examples:  # a shell takes the words apart, as behind a `!`
-        words = subprocess.run(
-            ['bash', '-c', f'printf "%s\\n" {example}'], check=True, capture_output=True, text=True
-        )
-        resolve({'data.classes': '2'}, words.stdout.splitlines())
+    for example in examples:
+        words = [shlex.split(word)[0] for word in shlex.split(example, posix=False)]
+        resolve({'data.classes': '2'}, words)
 
 
 # ---- requirements-colab.txt
@@ -184,41 +159,44 @@ def test_colab_keeps_its_own_jax_and_tensorflow():
 
 @pytest.fixture
 def runtime(monkeypatch, tmp_path):
-    """Runs the cell that installs in an empty folder, on made-up answers of jax; the commands."""
+    """Runs the cell that installs, in an empty folder and without git, pip and a new process.
+
+    Returns its commands.
+    """
     (tmp_path / 'content').mkdir()
     monkeypatch.chdir(tmp_path / 'content')
     monkeypatch.setattr(sys, 'path', list(sys.path))
+    seen = subprocess.CompletedProcess('', 0, 'a warning\n[1, "Tesla T4"]\n', '')
 
-    def install(answers, has_tensorflow=True, git_exit_code=0):
-        answers = iter(answers)
+    def install(has_tensorflow=True, git_exit_code=0):
         find_spec = importlib.util.find_spec
-        monkeypatch.setattr(subprocess, 'check_output', lambda *_, **__: json.dumps(next(answers)))
+        monkeypatch.setattr(subprocess, 'run', lambda *_, **__: seen)
         monkeypatch.setattr(importlib.util, 'find_spec', lambda n: has_tensorflow and find_spec(n))
         namespace = {'REPOSITORY': 'somebody/psp_jax', 'INSTALL': True}
-        typed = []
+        commands = []
 
         def system(command):
-            typed.append(shlex.split(re.sub(r'\{(\w+)\}', lambda m: namespace[m[1]], command)))
-            if typed[-1][0] == 'git' and git_exit_code:
+            command = re.sub(r'\{(\w+)\}', lambda match: namespace[match[1]], command)
+            commands.append(shlex.split(command))
+            if commands[-1][0] == 'git' and git_exit_code:
                 namespace['_exit_code'] = git_exit_code
-            elif typed[-1][0] == 'git':
+            elif commands[-1][0] == 'git':
                 (Path('psp_jax') / 'psp_jax/model').mkdir(parents=True)
                 shutil.copy(ROOT / 'requirements.txt', 'psp_jax')
 
         namespace['get_ipython'] = lambda: SimpleNamespace(system=system)
         source = cell(read('quickstart'), 'install').source
         exec(TransformerManager().transform_cell(source), namespace)
-        return typed
+        return commands
 
     return install
 
 
-def test_code_and_requirements_come_once_and_pip_may_not_touch_jax(runtime, capsys, tmp_path):
-    t4 = ['0.7.2', 1, 'Tesla T4']
-    git, pip = runtime([t4, t4])
+def test_code_is_fetched_once_and_pip_keeps_jax(runtime, capsys, tmp_path):
+    git, pip = runtime()
     assert git == shlex.split('git clone --quiet --depth 1 https://github.com/somebody/psp_jax')
     assert Path.cwd() == tmp_path / 'content/psp_jax'
-    assert capsys.readouterr().out == 'jax 0.7.2 on 1 x Tesla T4\n'
+    assert capsys.readouterr().out == '1 x Tesla T4\n'
     assert pip[:5] == shlex.split('python -m pip install --quiet')
     assert pip[7:] == ['-r', 'notebooks/requirements-colab.txt']
     kept = dict(line.split('==') for line in Path(pip[6]).read_text().split())
@@ -226,53 +204,31 @@ def test_code_and_requirements_come_once_and_pip_may_not_touch_jax(runtime, caps
     assert {'jaxlib', 'tensorflow', 'tensorflow_cpu', 'tensorflow-cpu'} & kept.keys() > {'jaxlib'}
     assert not {'tensorflow-datasets', 'ml_collections', 'flax'} & kept.keys()
     os.chdir('..')  # a restarted kernel begins here again
-    assert [words[0] for words in runtime([t4, t4])] == ['python']
+    assert [words[0] for words in runtime()] == ['python']
 
 
-def test_a_runtime_without_tensorflow_gets_the_lean_one(runtime):
-    _, pip = runtime([['0.7.2', 1, 'TPU v5 lite']] * 2, has_tensorflow=False)
+def test_a_runtime_without_tensorflow_gets_the_cpu_build(runtime):
+    _, pip = runtime(has_tensorflow=False)
     assert pip[-1].startswith('tensorflow-cpu>=') and pip[7] == '-r'
 
 
-def test_an_accelerator_that_is_gone_after_installing_stops_the_notebook(runtime):
-    with pytest.raises(AssertionError, match=r"was \['0.7.2', 1, 'Tesla T4'\] and is \['0.11.0'"):
-        runtime([['0.7.2', 1, 'Tesla T4'], ['0.11.0', 1, 'cpu']])
+def test_code_that_cannot_be_fetched_stops_the_notebook(runtime):
+    with pytest.raises(AssertionError, match='git could not fetch the code'):
+        runtime(git_exit_code=128)
 
 
-def test_code_that_cannot_be_fetched_stops_the_notebook_in_plain_words(runtime):
-    with pytest.raises(AssertionError, match='git could not fetch the code: it says above why'):
-        runtime([['0.7.2', 1, 'Tesla T4']], git_exit_code=128)
-
-
-def test_a_runtime_whose_jax_does_not_start_stops_the_notebook_in_plain_words(runtime, monkeypatch):
-    monkeypatch.setattr(
-        json, 'dumps', mock.Mock(side_effect=CalledProcessError(1, '', '', 'no TPU'))
-    )
-    with pytest.raises(RuntimeError, match='jax does not start in this runtime: no TPU'):
-        runtime([[]])
-
-
-def test_weights_that_cannot_be_had_are_replaced_by_random_ones(monkeypatch, capsys):
+def test_weights_that_cannot_be_downloaded_are_replaced_by_random_ones(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-
-    def download(source):
-        raise UserError(f'{source}: cannot be downloaded')
-
-    monkeypatch.setattr(files, '_download', download)
-    names = {'config': 'configs/pets.py:depth=18', 'load_config': load_config}
-    imagenet = names | {'WEIGHTS': 'imagenet'}
-    exec(cell(read('pets'), 'weights').source, imagenet)
-    said = capsys.readouterr().out
-    assert imagenet['init_from'] == ''
-    assert 'RANDOM WEIGHTS: hf://timm/resnet18.tv_in1k: cannot be downloaded' in said
-    random = names | {'WEIGHTS': ''}
-    exec(cell(read('pets'), 'weights').source, random)
-    assert capsys.readouterr().out == 'init_from: random weights\n'
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    names = {'config': 'configs/pets.py:depth=18', 'WEIGHTS': 'hf://nobody/nothing'}
+    exec(cell(read('pets'), 'weights').source, names)
+    assert names['init_from'] == ''
+    assert 'STARTING FROM RANDOM WEIGHTS: ' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('chosen', [True, False])
 def test_colab_asks_for_a_photograph(monkeypatch, tmp_path, chosen, capsys):
-    """As google.colab does: the file lies in the current folder; {} where nothing was chosen."""
+    """google.colab saves the file in the current folder and returns {} if nothing was chosen."""
     monkeypatch.chdir(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
 
@@ -314,18 +270,6 @@ def test_pets_have_the_classes_of_the_trimaps(tmp_path, monkeypatch):
                     np.testing.assert_array_equal(source.read(i)[1], table[np.asarray(trimap)])
 
 
-@pytest.mark.parametrize('depth', [18, 34, 50, 101, 152, 269])
-def test_pets_start_from_weights_of_the_network_that_they_train(depth, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    config = load_config(f'configs/pets.py:depth={depth}')
-    public = re.fullmatch(r'hf://timm/resnet(\d+)(s?)\.\w+', config.init_from)
-    if depth == 269:
-        assert config.init_from == ''
-    else:
-        assert int(public[1]) == config.model.depth == depth
-        assert config.model.stem == {'': 'conv7', 's': 'deep'}[public[2]]
-
-
 # ---- Runs from top to bottom
 
 # The training step is that of conftest's SMALL_CONFIG: compiled once for all tests.
@@ -338,10 +282,7 @@ FOUR_SCENES = ' --config.data.val=1000000:1000004'
 
 @pytest.fixture
 def run(programs, tmp_path):
-    """Runs a notebook with other parameters; returns it with its outputs.
-
-    PSP_JAX_NOTEBOOK_OUTPUTS names a folder that executed notebooks and their pictures go to.
-    """
+    """Runs a notebook with other parameters; returns it with its outputs."""
 
     def execute(name, **values):
         notebook = read(name)
@@ -355,13 +296,6 @@ def run(programs, tmp_path):
         environment['IPYTHONDIR'] = str(tmp_path / 'ipython')
         client = NotebookClient(notebook, timeout=600, resources={'metadata': {'path': FOLDER}})
         client.execute(env=environment)
-        if 'PSP_JAX_NOTEBOOK_OUTPUTS' in os.environ:
-            folder = Path(os.environ['PSP_JAX_NOTEBOOK_OUTPUTS']) / tmp_path.name
-            folder.mkdir(parents=True, exist_ok=True)
-            nbformat.write(notebook, folder / f'{name}.ipynb')
-            for id, shown in pictures(notebook).items():
-                for i, picture in enumerate(shown):
-                    picture.save(folder / f'{id}-{i}.png')
         return notebook
 
     return execute
@@ -407,7 +341,7 @@ def assert_shows_the_evaluation(notebook, workdir, step, images):
 def test_quickstart_runs(run, tmp_path):
     workdir = tmp_path / 'run 1'
     notebook = run('quickstart', WORKDIR=str(workdir), STEPS=10, FLAGS=SMALL + FOUR_SCENES)
-    assert re.search(r'^jax \S+ on \d+ x ', printed(notebook, 'install'), re.M)
+    assert re.search(r'^\d+ x ', printed(notebook, 'install'), re.M)
     assert 'step 10/10  loss' in printed(notebook, 'train')
     assert_shows_the_evaluation(notebook, workdir, 10, images=4)
     assert [p.size for p in pictures(notebook)['scenes']] == [(2 * 3 * 129, 4 * 3 * 65)]
@@ -430,9 +364,7 @@ def test_pets_run_on_photographs_that_tfds_has_prepared(run, tmp_path):
     )
     assert '5 training images; classes: background, pet, border' in printed(notebook, 'photographs')
     assert len(pictures(notebook)['photographs']) == 3
-    said = printed(notebook, 'train')
-    assert f'arrays from {weights} (torchvision or timm ResNet)' in said
-    assert 'fresh: aux_head, head, pyramid' in said
+    assert str(weights) in printed(notebook, 'train')
     assert_shows_the_evaluation(notebook, workdir, 2, len(NAMES['test']))
 
 
@@ -471,7 +403,7 @@ def test_evaluate_takes_a_checkpoint_and_a_photograph(run, trained, tmp_path):
         'evaluate',
         **{'INSTALL': False, 'CHECKPOINT': str(workdir / 'checkpoints/5'), 'PHOTO': str(photo)},
     )
-    assert 'has checkpoints of steps [5, 10]; taken: 5' in printed(notebook, 'checkpoint')
+    assert 'has checkpoints of steps [5, 10]; using 5' in printed(notebook, 'checkpoint')
     assert_shows_the_evaluation(notebook, workdir, 5, images=3)
     (sure,) = pictures(notebook)['sure']
     network = load(str(workdir / 'checkpoints/5'))
