@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from psp_jax.config import default_config, flatten
 from psp_jax.config_values import as_text, choose, nearest, parsed, typed
+from psp_jax.data.sources import SOURCES
 from psp_jax.errors import UserError
 from psp_jax.inference.protocols import PROTOCOLS
 from psp_jax.losses import LOSSES
@@ -177,7 +178,7 @@ def check_values(flat: Mapping[str, Any]) -> None:
             if not legal(flat[key]):
                 raise UserError(f'{key}={as_text(flat[key])}: must be {meaning}')
     kind, _, name = flat['data.source'].partition(':')  # after the colon is a folder or a name
-    choose('data.source', kind, dict.fromkeys(('list', 'dirs', 'tfds', 'scenes')))
+    choose('data.source', kind, SOURCES)
     if kind == 'tfds' and not name or kind == 'scenes' and name:
         raise UserError(
             f'data.source={flat["data.source"]}: must be list, dirs, scenes or tfds:NAME, such as '

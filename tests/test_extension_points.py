@@ -94,7 +94,7 @@ LABEL_SPACES['fruit'] = LabelSpace(
     server_ids=(7, 8, 9),
     categories=('round', 'long', 'round'),
 )
-PROTOCOLS['plain_windows'] = dataclasses.replace(PROTOCOLS['semseg'], mirrors=False)
+PROTOCOLS['plain_windows'] = dataclasses.replace(PROTOCOLS['semseg'], mirrors_windows=False)
 '''
 ALL = {
     'backbone': {'model.backbone': 'two_convs'},
