@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,20 +30,10 @@ from psp_jax.report import console, html, pictures
 from psp_jax.runtime import checkpoint, preemption
 from psp_jax.state import Setup, setup
 
-T = TypeVar('T')
-
-
-class Panel(NamedTuple):
-    """One image to look at: uint8 [H, W, 3], and class ids uint8 [H, W]."""
-
-    image: np.ndarray
-    label: np.ndarray
-    prediction: np.ndarray
-
 
 @dataclass
 class Scored(Job):
-    """An image that is being scored: sums over its tiles."""
+    """An image, its prediction and its scores: sums over its tiles."""
 
     label: np.ndarray
     number: int
@@ -69,7 +59,7 @@ class Result(NamedTuple):
     scores: dict[str, Any]  # the content of metrics.json
     confusion: np.ndarray  # int64 [classes, classes] of (label, prediction)
     each: np.ndarray  # float64 [images], the mIoU of each alone; NaN if no pixel is labelled
-    panels: dict[int, Panel]  # some images by their number; empty in processes other than 0
+    panels: dict[int, Scored]  # some images by their number; empty in processes other than 0
 
 
 def score(probabilities: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
@@ -117,8 +107,10 @@ class Evaluator:
         confusion = np.zeros((len(names), len(names)), np.int64)
         each = np.zeros(source.length)
         loss, count = np.float64(0), np.int64(0)
-        share = share_of_process(source.length)
-        for job in progress(self._scored(variables, share), len(share), 'evaluating'):
+        share = range(jax.process_index(), source.length, jax.process_count())
+        hidden = not console.on_terminal()
+        bar = {'desc': 'evaluating', 'unit': 'image', 'disable': hidden, 'leave': False}
+        for job in tqdm(self._scored(variables, share), total=len(share), **bar):
             preemption.still_alive(config.hang_seconds)
             confusion += job.confusion
             loss, count = loss + job.loss, count + job.count
@@ -144,19 +136,18 @@ class Evaluator:
         spread = np.linspace(0, source.length - 1, kept).round().astype(int).tolist()
         return Result(scores, confusion, each, self.panels(variables, spread))
 
-    def panels(self, variables: Any, numbers: Iterable[int]) -> dict[int, Panel]:
+    def panels(self, variables: Any, numbers: Iterable[int]) -> dict[int, Scored]:
         """Some images and their predictions, by their number; only process 0 has them."""
         if jax.process_index():
             return {}
         found = self._scored(variables, sorted(set(numbers)))
-        made = {job.number: Panel(job.image, job.label, job.prediction) for job in found}
-        return dict(sorted(made.items()))
+        return dict(sorted((job.number, job) for job in found))
 
     def _scored(self, variables: Any, numbers: Sequence[int]) -> Iterator[Scored]:
         """Each image of `numbers`, in an order that depends on their sizes."""
         config, (programs,) = self.run.config, self.stream.programs.values()
         jobs = read_ahead(self._read, numbers, config.data.threads)
-        # Images at all scales take much more memory than one: few are ahead.
+        # An image at all scales takes much more memory than the image: few are ahead.
         examples = read_ahead(partial(self.stream.blocks, protocol=config.eval.protocol), jobs, 2)
         return self.stream.run(on_local_devices(variables, programs.mesh), examples)
 
@@ -165,17 +156,6 @@ class Evaluator:
         if label is None:  # the image gets a prediction alone
             label = np.full(image.shape[:2], IGNORE, np.uint8)
         return Scored(image, label, number)
-
-
-def share_of_process(length: int) -> range:
-    """The numbers of the images that are this process's."""
-    return range(jax.process_index(), length, jax.process_count())
-
-
-def progress(images: Iterable[T], total: int, what: str) -> Iterable[T]:
-    """`images` with a progress bar if a person watches."""
-    hidden = not console.on_terminal()
-    return tqdm(images, total=total, desc=what, unit='image', disable=hidden, leave=False)
 
 
 def sum_over_processes(tree: Any) -> Any:
@@ -222,13 +202,13 @@ def write_result(result: Result, workdir: str, config: ConfigDict) -> np.ndarray
 
 def write_html(
     result: Result,
-    panels: dict[str, dict[int, Panel]],
+    panels: dict[str, dict[int, Scored]],
     source: Source,
     checkpoint_path: str,
     folder: str,
     config: ConfigDict,
 ) -> None:
-    """Writes FOLDER/report.html; panels: {'best': {number: Panel}, ...}."""
+    """Writes FOLDER/report.html; panels: {'best': {number: image}, ...}."""
     scores = result.scores
     flip = 'with mirror images' if scores['flip'] else 'without mirror images'
     sizes = f'base size {scores["base_size"] or "of each image"}'
@@ -244,7 +224,14 @@ def write_html(
         'versions': f'jax {jax.__version__}, numpy {np.__version__}',
     }
     shown = [
-        html.Shown(title, source.names(number)[0], result.each[number], *panel)
+        html.Shown(
+            title,
+            source.names(number)[0],
+            result.each[number],
+            panel.image,
+            panel.label,
+            panel.prediction,
+        )
         for title, found in panels.items()
         for number, panel in found.items()
     ]

@@ -1,4 +1,4 @@
-"""Label maps of pictures: `--mode predict`, and the same for programs.
+"""Label maps of images: `--mode predict`, and the same for programs.
 
 from psp_jax.predict import load
 network = load('runs/camvid')
@@ -8,6 +8,7 @@ labels = network(image)  # uint8 [H, W, 3] of any size -> uint8 [H, W]
 import glob
 import io
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -184,22 +185,22 @@ def as_rgb(image: np.ndarray) -> np.ndarray:
 
 
 def find_images(images: str, output: str = '') -> dict[str, str]:
-    """{path: name without suffix, relative to the folder} of a picture, a folder or a glob.
+    """{path: name without suffix, relative to the folder} of an image, a folder or a glob.
 
-    What lies in the folder `output` is not among those of a folder. Raises UserError where there
-    is none, or two would share a name.
+    Leaves out what lies in the folder `output`. Raises UserError if there is no image, or if two
+    would share a name.
     """
     if os.path.isdir(images):
         found = []
-        for at, folders, names in os.walk(images):
-            folders[:] = [f for f in folders if not _same(os.path.join(at, f), output)]
-            found += [os.path.join(at, n) for n in names if n.lower().endswith(PICTURES)]
+        for parent, folders, names in os.walk(images):
+            folders[:] = [f for f in folders if not _same(os.path.join(parent, f), output)]
+            found += [os.path.join(parent, n) for n in names if n.lower().endswith(PICTURES)]
     elif os.path.isfile(images):
         found = [images]
     else:
         found = [path for path in glob.glob(images, recursive=True) if os.path.isfile(path)]
     if not found:
-        raise UserError(f'--images={images}: no picture, folder of pictures, or glob of some')
+        raise UserError(f'--images={images}: no image, folder of images, or glob of some')
     folder = images if os.path.isdir(images) else os.path.commonpath(map(os.path.dirname, found))
     by_name: dict[str, str] = {}
     for path in sorted(found):
@@ -217,62 +218,71 @@ def _same(path: str, other: str) -> bool:
 def predict_images(
     predictor: Predictor, names: Mapping[str, str], output: str, probabilities: bool
 ) -> list[str]:
-    """Writes the label map and an overlay of each picture; returns what could not be read.
+    """Writes the label map and an overlay of each image; returns what could not be read.
 
     names: as `find_images` gives them. For `a/b.jpg` there are OUTPUT/b.png (class ids with the
     palette), OUTPUT/b_overlay.jpg and, with `probabilities`, OUTPUT/b.npy (float16 [H, W,
-    classes]). Each appears once it is whole. Raises UserError where OUTPUT cannot be written or
-    the label maps would replace the pictures.
+    classes]). Each appears once it is whole. Raises UserError if OUTPUT cannot be written or the
+    label maps would replace the images.
     """
-    for path, name in names.items():
-        for ending in ENDINGS:
-            if _same(path, os.path.join(output, name + ending)):
-                raise UserError(f'--output={output}: would replace {path}; name another folder')
+    targets = {path: os.path.join(output, name) for path, name in names.items()}
+    check_targets(targets, output)
     bad: list[str] = []
-
-    def read(path: str) -> np.ndarray | UserError:
-        try:
-            return read_image(path)
-        except UserError as error:
-            return error
-
-    def place(path: str, ending: str) -> str:
-        target = os.path.join(output, names[path] + ending)
-        try:
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-        except OSError as error:
-            raise UserError(f'--output={output}: cannot be written ({error.strerror})') from error
-        return target
-
-    def scores(path: str, shape: tuple[int, int, int]) -> np.ndarray:
-        unfinished = place(path, '.npy') + '.unfinished'
-        return np.lib.format.open_memmap(unfinished, 'w+', np.float16, shape)
-
-    with whole_file(place(next(iter(names)), '.probe')) as probe:  # before compiling
-        open(probe, 'w').close()
-    os.remove(place(next(iter(names)), '.probe'))
-    with tqdm(total=len(names), desc='predicting', unit='image', disable=None) as bar:
-
-        def readable() -> Iterator[tuple[str, np.ndarray]]:
-            found = read_ahead(read, names, predictor.config.data.threads)
-            for path, image in zip(names, found, strict=True):
-                if isinstance(image, UserError):
-                    bad.append(str(image))
-                    bar.update()
-                else:
-                    yield path, image
-
-        done = predictor.stream(readable(), scores if probabilities else None)
-        for path, image, ids in done:
-            if probabilities:
-                os.replace(place(path, '.npy') + '.unfinished', place(path, '.npy'))
-            with whole_file(place(path, '.png')) as part, open(part, 'wb') as file:
-                file.write(labels_png(ids, predictor.space))
-            overlay = Image.fromarray(draw_overlay(image, ids, predictor.space))
-            with whole_file(place(path, '_overlay.jpg')) as part:
-                overlay.save(part, 'JPEG', quality=92)
-            bar.update()
+    images = readable(targets, predictor.config.data.threads, bad)
+    found = predictor.stream(images, unfinished_array if probabilities else None)
+    for target, image, ids in tqdm(
+        found, total=len(names), desc='predicting', unit='image', disable=None
+    ):
+        if probabilities:
+            os.replace(f'{target}.npy.unfinished', f'{target}.npy')
+        with whole_file(f'{target}.png') as part, open(part, 'wb') as file:
+            file.write(labels_png(ids, predictor.space))
+        overlay = Image.fromarray(draw_overlay(image, ids, predictor.space))
+        with whole_file(f'{target}_overlay.jpg') as part:
+            overlay.save(part, 'JPEG', quality=92)
     return bad
+
+
+def check_targets(targets: Mapping[str, str], output: str) -> None:
+    """Makes the folders of {image: path of its results without suffix}, before any compilation.
+
+    Raises UserError if they cannot be written, or if a result would replace an image.
+    """
+    for path, target in targets.items():
+        if any(_same(path, target + ending) for ending in ENDINGS):
+            raise UserError(f'--output={output}: would replace {path}; name another folder')
+    try:
+        for target in targets.values():
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+        with tempfile.TemporaryFile(dir=os.path.dirname(target)):
+            pass
+    except OSError as error:
+        raise UserError(f'--output={output}: cannot be written ({error.strerror})') from error
+
+
+def readable(
+    targets: Mapping[str, str], threads: int, bad: list[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(target, image) of {path: target}; what is wrong with the others goes into `bad`."""
+    found = read_ahead(image_or_error, targets, threads)
+    for target, image in zip(targets.values(), found, strict=True):
+        if isinstance(image, UserError):
+            bad.append(str(image))
+        else:
+            yield target, image
+
+
+def image_or_error(path: str) -> np.ndarray | UserError:
+    """The image uint8 [H, W, 3] of a file, or what is wrong with it."""
+    try:
+        return read_image(path)
+    except UserError as error:
+        return error
+
+
+def unfinished_array(target: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """float16 [H, W, classes] that lies in a file, so that it may be larger than memory."""
+    return np.lib.format.open_memmap(f'{target}.npy.unfinished', 'w+', np.float16, shape)
 
 
 def labels_png(ids: np.ndarray, space: LabelSpace | None) -> bytes:
@@ -286,7 +296,7 @@ def labels_png(ids: np.ndarray, space: LabelSpace | None) -> bytes:
 
 
 def draw_overlay(image: np.ndarray, ids: np.ndarray, space: LabelSpace) -> np.ndarray:
-    """The picture under half-transparent class colours, with a legend of its classes below.
+    """The image under half-transparent class colours, with a legend of its classes below.
 
     At most OVERLAY pixels a side: JPEG ends at 65,500.
     """
@@ -313,14 +323,15 @@ def predict_checkpoint(
 ) -> None:
     """`predict_images` with a checkpoint; the configuration defaults to its own.
 
-    Raises UserError that names the pictures that could not be read, once the others are done.
+    Once all others are done, raises UserError that names the images that could not be read.
     """
     path, step = checkpoint.find(workdir, which)
     config = config or checkpoint.config_of(path, step, overrides)
     names = find_images(images, output)
-    console.say(f'{path / str(step)} on {len(names)} pictures by protocol {config.eval.protocol}')
-    predictor = Predictor(config, checkpoint.restore_variables(setup(config), path, step))
+    console.say(f'{path / str(step)} on {len(names)} images by protocol {config.eval.protocol}')
+    run = setup(config)
+    predictor = Predictor(run, checkpoint.restore_variables(run, path, step))
     bad = predict_images(predictor, names, output, probabilities)
     console.say(f'{len(names) - len(bad)} label maps and overlays written to {output}')
     if bad:
-        raise UserError(f'{len(bad)} of {len(names)} pictures could not be read: {"; ".join(bad)}')
+        raise UserError(f'{len(bad)} of {len(names)} images could not be read: {"; ".join(bad)}')
