@@ -2,12 +2,13 @@
 
     python -m benchmarks.evaluate [--images 4] [--classes 150] [--depth 50] [--crop 473]
 
-Both run the same network on the same pictures in one process and take turns, image by image. The
+Both run the same network on the same images in one process and take turns, image by image. The
 plain loop is the authors' test written with the same compiled network: a window and its mirror
-image at a time, probabilities added in float64 on the host and resized by OpenCV. Prints JSON:
-images a second of each, their ratio, the share of pixels with another class, and what part of our
-time the network alone takes, which bounds the ratio. `--memory` instead prints the peak memory of
-predicting pictures of several sizes, each in a process of its own.
+image at a time. It adds probabilities in float64 on the host and resizes them by OpenCV.
+
+Prints JSON: images a second of each, their ratio, the share of pixels with another class, and the
+share of our time that the network alone takes, which bounds the ratio. `--memory` instead prints
+the peak memory of predicting images of several sizes, each in a process of its own.
 """
 
 import argparse
@@ -26,11 +27,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from psp_jax.config_check import resolve
-from psp_jax.inference.protocols import blocks
-from psp_jax.model import pspnet
+from psp_jax.inference.views import views
 from psp_jax.model.resample import resize
 from psp_jax.predict import Predictor
-from psp_jax.state import init_variables, jit_for_one_call
+from psp_jax.state import jit_for_one_call, new_state, setup
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 SIZES = ((512, 683), (683, 512), (480, 640), (600, 600), (768, 1024))  # ADE20K's are alike
@@ -94,10 +94,10 @@ def plain_loop(image: np.ndarray, forward: Any, config: ConfigDict) -> np.ndarra
 
 
 def compare(flags: argparse.Namespace) -> dict[str, Any]:
-    config = config_of(flags)
-    model = pspnet.build(config)
-    variables = jit_for_one_call(lambda: init_variables(model, 0))()
-    predictor = Predictor(config, variables)
+    run = setup(config_of(flags))
+    config, model = run.config, run.model
+    variables = jit_for_one_call(lambda: new_state(run))().variables
+    predictor = Predictor(run, variables)
 
     @jax.jit
     def forward(x: jax.Array) -> jax.Array:
@@ -123,7 +123,7 @@ def compare(flags: argparse.Namespace) -> dict[str, Any]:
         start = time.perf_counter()
         plain = plain_loop(image, forward, config)
         seconds['plain'] += time.perf_counter() - start
-        windows = sum(len(p.sources) for p in blocks(image, config, flags.classes)[0].parts)
+        windows = sum(view.windows for view in views(image.shape[:2], config))
         start = time.perf_counter()
         network(x).block_until_ready()
         seconds['network'] += (time.perf_counter() - start) * 2 * windows / batch
@@ -162,9 +162,9 @@ def main() -> None:
         report: Any = peak_memory(flags)
     elif flags.memory:
         height, width = map(int, flags.memory.split('x'))
-        config = config_of(flags)
-        variables = jit_for_one_call(lambda: init_variables(pspnet.build(config), 0))()
-        Predictor(config, variables)(picture((height, width), 0))
+        run = setup(config_of(flags))
+        variables = jit_for_one_call(lambda: new_state(run))().variables
+        Predictor(run, variables)(picture((height, width), 0))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         report = {'height': height, 'width': width, 'peak_GiB': round(peak, 2)}
     else:

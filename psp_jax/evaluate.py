@@ -289,8 +289,8 @@ def write_prediction(
 
 
 def can_be_scored(source: Source, threads: int) -> bool:
-    """Whether labels of `source` hold a class. Process 0 looks, and tells the others."""
-    found = jax.process_index() == 0 and holds_classes(source, threads)
+    """Whether labels of `source` hold a class. Process 0 looks and tells the others."""
+    found = int(jax.process_index() == 0 and holds_classes(source, threads))
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(found)))
 
 

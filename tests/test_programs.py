@@ -3,8 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from jax import monitoring
 from plain_loops import CLASSES, Loop, config_of, picture, setup_and_variables
 
@@ -16,7 +14,7 @@ from psp_jax.mesh import local_mesh
 from psp_jax.predict import Predictor
 from psp_jax.state import setup
 
-SIZES = [(45, 60), (61, 40), (20, 27), (9, 100), (130, 16), (150, 201)]
+SIZES = [(45, 60), (61, 40), (20, 27), (1, 1), (9, 100), (130, 16), (150, 201)]
 
 
 def assert_equal(found, expected):
@@ -50,21 +48,6 @@ def test_protocols_equal_a_loop_over_windows(protocol, keys, sizes):
         assert_equal(predictor.probabilities(picture(size)), expected)
         seen |= set(np.unique(expected.argmax(-1)))
     assert len(seen) >= 2  # the network does not say the same everywhere
-
-
-@pytest.fixture(scope='module')
-def semseg():
-    made = setup_and_variables('semseg', **{'eval.scales': (0.75, 1.5)})
-    return Predictor(*made), Loop(*made)
-
-
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(height=st.integers(1, 140), width=st.integers(1, 140))
-def test_any_size_equals_a_loop_over_windows(semseg, height, width):
-    predictor, loop = semseg
-    image = picture((height, width))
-    expected = loop.probabilities(image)
-    np.testing.assert_allclose(predictor.probabilities(image), expected, atol=1e-4)
 
 
 def test_an_image_in_blocks_equals_the_image_at_once(monkeypatch):

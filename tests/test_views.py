@@ -7,35 +7,21 @@ from plain_loops import config_of
 from psp_jax.inference.views import chained, view
 from psp_jax.model.resample import resize_taps
 
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+
 
 @pytest.mark.parametrize(
-    ('scale', 'size', 'windows'),
+    ('crop', 'size', 'windows', 'starts'),
     [
-        (0.5, (192, 256), 1),
-        (0.75, (288, 384), 1),
-        (1.0, (384, 512), 2),
-        (1.25, (480, 640), 4),
-        (1.5, (576, 768), 4),
-        (1.75, (672, 896), 6),
+        (473, (384, 512), (1, 1, 2, 4, 4, 6), ((0,), (0, 39))),  # ADE20K
+        (713, (1024, 2048), (2, 6, 8, 15, 18, 32), ((0, 311), (0, 476, 952, 1335))),  # Cityscapes
     ],
 )
-def test_window_grids_of_ade20k_are_the_references(scale, size, windows):
-    config = config_of('semseg', **{'data.crop': 473, 'eval.base_size': 512})
-    found = view((512, 683), scale, False, config)
-    assert (found.seen, found.windows) == (size, windows)
-    if scale == 1.0:
-        assert (found.rows.starts, found.columns.starts) == ((0,), (0, 39))
-
-
-@pytest.mark.parametrize(
-    ('scale', 'windows'), [(0.5, 2), (0.75, 6), (1.0, 8), (1.25, 15), (1.5, 18), (1.75, 32)]
-)
-def test_window_grids_of_cityscapes_are_the_references(scale, windows):
-    config = config_of('semseg', **{'data.crop': 713, 'eval.base_size': 2048})
-    found = view((1024, 2048), scale, False, config)
-    assert found.windows == windows
-    if scale == 1.0:
-        assert (found.rows.starts, found.columns.starts) == ((0, 311), (0, 476, 952, 1335))
+def test_window_grids_are_the_references(crop, size, windows, starts):
+    config = config_of('semseg', **{'data.crop': crop, 'eval.base_size': max(size)})
+    found = [view((3 * size[0], 3 * size[1]), scale, False, config) for scale in SCALES]
+    assert tuple(view.windows for view in found) == windows
+    assert (found[2].seen, found[2].rows.starts, found[2].columns.starts) == (size, *starts)
 
 
 def test_inputs_of_whole_images_are_multiples():
