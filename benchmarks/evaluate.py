@@ -123,7 +123,7 @@ def compare(flags: argparse.Namespace) -> dict[str, Any]:
         start = time.perf_counter()
         plain = plain_loop(image, forward, config)
         seconds['plain'] += time.perf_counter() - start
-        windows = sum(view.windows for view in views(image.shape[:2], config))
+        windows = sum(len(view.sources) for view in views(image.shape[:2], config))
         start = time.perf_counter()
         network(x).block_until_ready()
         seconds['network'] += (time.perf_counter() - start) * 2 * windows / batch

@@ -69,13 +69,13 @@ def test_shapes_for_a_dry_run_are_those_of_real_images(protocol, expected):
     programs = make_programs(run, local_mesh(1))
     found = blocks.blocks(picture((35, 57)), run.config)
     (part,) = found[0].parts
-    shapes = programs.input_shapes(part.input, len(part.sources))
+    shapes = programs.input_shapes(part.view.input, len(part.view.sources))
     assert shapes[0].shape == expected and shapes[1].shape == (*expected[:-3], 2)
     seen = []
 
     def network(variables, images, sizes):
         seen.extend([images, sizes])
-        return np.zeros((*images.shape[:-3], *part.canvas, CLASSES), np.float32)
+        return np.zeros((*images.shape[:-3], *part.view.canvas, CLASSES), np.float32)
 
     vars(programs)['network'] = network  # a cached property
     vars(programs)['add_window'] = lambda canvas, *_: canvas

@@ -20,7 +20,7 @@ SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 def test_window_grids_are_the_references(crop, size, windows, starts):
     config = config_of('semseg', **{'data.crop': crop, 'eval.base_size': max(size)})
     found = [view((3 * size[0], 3 * size[1]), scale, False, config) for scale in SCALES]
-    assert tuple(view.windows for view in found) == windows
+    assert tuple(len(view.sources) for view in found) == windows
     assert (found[2].seen, found[2].rows.starts, found[2].columns.starts) == (size, *starts)
 
 

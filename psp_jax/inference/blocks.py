@@ -18,16 +18,10 @@ LEAST_SIDE = 64  # pixels; blocks are not cut smaller
 
 
 class Part(NamedTuple):
-    """What one view gives to a block of the image. Places are (row, column)."""
+    """What one view gives to a block: its windows, and the taps that lead to the block's pixels."""
 
     image: np.ndarray  # [H, W, 3], resized and padded
-    sources: tuple[Size, ...]  # where windows are cut from it
-    targets: tuple[Size, ...]  # where their scores go on the canvas
-    window: Size  # of each window
-    input: Size  # of the network's input that holds it
-    canvas: Size  # cells that scores lie on
-    rows: Taps  # from the canvas to the block's pixels
-    columns: Taps
+    view: View
 
 
 class Block(NamedTuple):
@@ -41,8 +35,8 @@ class Block(NamedTuple):
     @property
     def kind(self) -> tuple[Any, ...]:
         """Blocks of the same kind go through the same programs, in the same number of calls."""
-        parts = ((part.canvas, part.input, len(part.sources)) for part in self.parts)
-        return self.protocol, *parts
+        views = (view for _, view in self.parts)
+        return self.protocol, *((v.canvas, v.input, len(v.sources)) for v in views)
 
 
 def blocks(image: np.ndarray, config: ConfigDict) -> list[Block]:
@@ -55,12 +49,9 @@ def blocks(image: np.ndarray, config: ConfigDict) -> list[Block]:
     for (top, bottom), (left, right) in product(*map(spans, size, counts)):
         parts = []
         for view, padded, canvas in zip(seen, images, canvases, strict=True):
-            rows, tops = cut(view.rows, top, bottom, canvas[0])
-            columns, lefts = cut(view.columns, left, right, canvas[1])
-            sources = tuple(product(tops, lefts))
-            targets = tuple((y - tops[0], x - lefts[0]) for y, x in sources)
-            window = view.rows.window, view.columns.window
-            parts.append(Part(padded, sources, targets, window, view.input, canvas, rows, columns))
+            rows = cut(view.rows, top, bottom, canvas[0])
+            columns = cut(view.columns, left, right, canvas[1])
+            parts.append(Part(padded, View(rows, columns, view.mirror)))
         extent = bottom - top, right - left
         found.append(Block(config.eval.protocol, (top, left), extent, tuple(parts)))
     return found
@@ -98,14 +89,12 @@ def windows_over(axis: Axis, start: int, stop: int) -> tuple[int, ...]:
     return tuple(s for s in axis.starts if s <= used.max() and s + axis.window > used.min())
 
 
-def cut(axis: Axis, start: int, stop: int, canvas: int) -> tuple[Taps, tuple[int, ...]]:
-    """The taps of pixels start..stop-1 from a canvas that begins at their first window.
-
-    And the starts of their windows.
-    """
+def cut(axis: Axis, start: int, stop: int, canvas: int) -> Axis:
+    """Pixels start..stop-1 of an axis, on a canvas that begins with their first window."""
     starts = windows_over(axis, start, stop)
     places, weight = (x[start:stop] for x in axis.taps)
-    return Taps(np.clip(places - starts[0], 0, canvas - 1), weight), starts
+    taps = Taps(np.clip(places - starts[0], 0, canvas - 1), weight)
+    return axis._replace(pixels=stop - start, canvas=canvas, starts=starts, taps=taps)
 
 
 def canvas_of_blocks(view: View, counts: Size, crop: Size) -> Size:

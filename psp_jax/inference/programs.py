@@ -186,19 +186,19 @@ class WholeImages:
         """(variables, images, sizes) -> logits."""
         return by_device(partial(logits_of, run=self.run), self.mesh, (True, False, False))
 
-    def input_shapes(self, size: Size, windows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def inputimages_and_sizes(self, size: Size, windows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The images and sizes that `network` gets for inputs of a size."""
-        return _shapes((self.batch,), size, jnp.uint8, self.mesh)
+        return images_and_sizes((self.batch,), size, jnp.uint8, self.mesh)
 
     def canvases(self, variables: Variables, blocks: Sequence[Block]) -> Canvases:
         """The scores of at most `batch` blocks of one kind."""
         found = []
         for parts in zip(*(block.parts for block in blocks), strict=True):
-            images = np.zeros((self.batch, *parts[0].input, 3), parts[0].image.dtype)
+            images = np.zeros((self.batch, *parts[0].view.input, 3), parts[0].image.dtype)
             sizes = np.full((self.batch, 2), STRIDE, np.int32)
-            for i, part in enumerate(parts):
-                sizes[i] = height, width = part.window
-                images[i, :height, :width] = part.image
+            for i, (image, view) in enumerate(parts):
+                sizes[i] = height, width = view.window
+                images[i, :height, :width] = image
             found.append(self.network(variables, *put_batch((images, sizes), self.mesh)))
         return tuple(found)
 
@@ -231,36 +231,36 @@ class SlidingWindows:
         return by_device(add_window, self.mesh, shared, donate_argnums=0)
 
     def windows_per_call(self, windows: int) -> int:
-        """Windows of a block that `network` takes at a time, if the block has so many.
+        """How many windows `network` takes from a block at a time; the block has `windows`.
 
         A power of two if there are few, for few programs.
         """
         most = -(-self.run.config.eval.batch_size // self.mesh.size)
         return min(most, 1 << (windows - 1).bit_length())
 
-    def input_shapes(self, size: Size, windows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def inputimages_and_sizes(self, size: Size, windows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The windows and sizes that `network` gets for inputs of a size, `windows` a block."""
         lead = self.mesh.size, self.windows_per_call(windows)
-        return _shapes(lead, size, jnp.float32, self.mesh)
+        return images_and_sizes(lead, size, jnp.float32, self.mesh)
 
     def canvases(self, variables: Variables, blocks: Sequence[Block]) -> Canvases:
         """The scores of at most `batch` blocks of one kind. The next call overwrites them."""
-        parts = blocks[0].parts
+        views = [part.view for part in blocks[0].parts]
         canvases = []
-        for view, part in enumerate(parts):
-            old = self.kept.pop((view, *part.canvas), None)
-            canvases.append(self._new_canvas(part.canvas) if old is None else old)
+        for v, view in enumerate(views):
+            old = self.kept.pop((v, *view.canvas), None)
+            canvases.append(self._new_canvas(view.canvas) if old is None else old)
         self.kept.clear()
-        slots = [(view, i) for view, part in enumerate(parts) for i in range(len(part.sources))]
+        slots = [(v, i) for v, view in enumerate(views) for i in range(len(view.sources))]
         count = self.windows_per_call(len(slots))
         for begin in range(0, len(slots), count):
             chunk = slots[begin : begin + count]
             windows, sizes, places = cut_windows(blocks, chunk, count, self.mesh.size)
             scores = self.network(variables, *put_batch((windows, sizes), self.mesh))
-            for k, (view, i) in enumerate(chunk):
+            for k, (v, i) in enumerate(chunk):
                 place, first = put_batch(places[k], self.mesh), np.bool_(i == 0)
-                canvases[view] = self.add_window(canvases[view], scores, np.int32(k), place, first)
-        self.kept.update({(v, *part.canvas): canvases[v] for v, part in enumerate(parts)})
+                canvases[v] = self.add_window(canvases[v], scores, np.int32(k), place, first)
+        self.kept.update({(v, *view.canvas): canvases[v] for v, view in enumerate(views)})
         return tuple(canvases)
 
     def release(self) -> None:
@@ -291,20 +291,20 @@ def cut_windows(
     Returns windows float32 [devices, count, H, W, 3], sizes int32 [devices, count, 2] and places
     on the canvas int32 [count, devices, 2].
     """
-    windows = np.zeros((devices, count, *blocks[0].parts[0].input, 3), np.float32)
+    windows = np.zeros((devices, count, *blocks[0].parts[0].view.input, 3), np.float32)
     sizes = np.full((devices, count, 2), STRIDE, np.int32)
     places = np.zeros((count, devices, 2), np.int32)
     for device, block in enumerate(blocks):
-        for k, (view, i) in enumerate(chunk):
-            part = block.parts[view]
-            (y, x), (height, width) = part.sources[i], part.window
-            windows[device, k, :height, :width] = part.image[y : y + height, x : x + width]
-            sizes[device, k] = part.window
-            places[k, device] = part.targets[i]
+        for k, (v, i) in enumerate(chunk):
+            image, view = block.parts[v]
+            (y, x), (height, width) = view.sources[i], view.window
+            windows[device, k, :height, :width] = image[y : y + height, x : x + width]
+            sizes[device, k] = view.window
+            places[k, device] = view.targets[i]
     return windows, sizes, places
 
 
-def _shapes(
+def images_and_sizes(
     lead: tuple[int, ...], size: Size, dtype: Any, mesh: Mesh
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Images [*lead, *size, 3] and their sizes int32 [*lead, 2], split over the devices."""

@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from psp_jax.data.labels import IGNORE
@@ -20,7 +21,6 @@ from psp_jax.inference.programs import Programs, TapsOnDevice, Variables, tile_p
 from psp_jax.inference.protocols import protocol_of
 from psp_jax.mesh import put_batch
 from psp_jax.model.geometry import Size
-from psp_jax.model.resample import Taps
 
 TILE = (128, 1024)  # pixels of an image whose probabilities a device computes at a time
 Pixels = tuple[slice, slice]  # a rectangle of rows and columns
@@ -64,15 +64,6 @@ class Tile(NamedTuple):
     last: bool  # of the batch
 
 
-class Unread(NamedTuple, Generic[J]):
-    """A tile of a batch that the devices work on."""
-
-    batch: list[Example[J]]
-    place: Size
-    results: Any  # a tree of arrays [B, ...]
-    last: bool  # of its batch
-
-
 @dataclass(frozen=True)
 class Stream:
     """Runs images through the programs of one or more protocols.
@@ -103,24 +94,26 @@ class Stream:
 
         variables: on the devices of the programs' mesh (`on_local_devices`).
         """
-        waiting: deque[Unread[J]] = deque()
+        waiting: deque[tuple[list[Example[J]], Tile, Any]] = deque()
         size = min(made.batch for made in self.programs.values())
         for batch in make_batches(examples, size):
             earlier = len(waiting)  # tiles of the last batch
-            for tile in self._dispatch(variables, batch):
-                waiting.append(tile)
+            for tile, results in self._dispatch(variables, batch):
+                waiting.append((batch, tile, results))
                 if len(waiting) > self.unread:
-                    yield from collect(waiting.popleft())
+                    yield from collect(*waiting.popleft())
                     earlier -= 1
             for _ in range(earlier):
-                yield from collect(waiting.popleft())
+                yield from collect(*waiting.popleft())
         while waiting:
-            yield from collect(waiting.popleft())
+            yield from collect(*waiting.popleft())
         for made in self.programs.values():
             made.release()
 
-    def _dispatch(self, variables: Variables, batch: list[Example[J]]) -> Iterator[Unread[J]]:
-        """Starts the programs for a batch of one kind, tile by tile."""
+    def _dispatch(
+        self, variables: Variables, batch: list[Example[J]]
+    ) -> Iterator[tuple[Tile, Any]]:
+        """Starts the programs of a batch: each tile with its results, which are not there yet."""
         blocks = [example.block for example in batch]
         protocol = blocks[0].protocol
         programs, program = self.programs[protocol], self.tile_programs[protocol]
@@ -130,8 +123,7 @@ class Stream:
             if batch[0].job.label is not None:
                 labels = labels_of_tile(batch, tile.place, programs.batch)
                 arrays = (put_batch(labels, programs.mesh),)
-            results = program(canvases, tile.rows, tile.columns, arrays)
-            yield Unread(batch, tile.place, results, tile.last)
+            yield tile, program(canvases, tile.rows, tile.columns, arrays)
 
 
 def make_batches(examples: Iterable[list[Example[J]]], size: int) -> Iterator[list[Example[J]]]:
@@ -151,10 +143,13 @@ def make_batches(examples: Iterable[list[Example[J]]], size: int) -> Iterator[li
     yield from waiting.values()
 
 
-def collect(tile: Unread[J]) -> Iterator[J]:
-    """Waits for the results of a tile and adds them to their images; yields those now finished."""
-    results = jax.device_get(tile.results)
-    for row, (job, block) in enumerate(tile.batch):
+def collect(batch: list[Example[J]], tile: Tile, results: Any) -> Iterator[J]:
+    """Adds the results of a tile, once they are there, to their images; yields the finished ones.
+
+    results: a tree of arrays [B, ...].
+    """
+    results = jax.device_get(results)
+    for row, (job, block) in enumerate(batch):
         within, pixels = overlap(block, tile.place)
         job.add(pixels, within, jax.tree.map(lambda x, row=row: x[row], results))
         if tile.last:
@@ -171,27 +166,25 @@ def tiles(blocks: Sequence[Block], programs: Programs) -> Iterator[Tile]:
     height, width = np.max([block.size for block in blocks], 0).tolist()
     tops, lefts = range(0, height, TILE[0]), range(0, width, TILE[1])
     for left in lefts:
-        columns = taps_of_tile([[p.columns for p in b.parts] for b in blocks], left, 1, programs)
+        columns = taps_of_tile(blocks, left, 1, programs)
         for top in tops:
-            rows = taps_of_tile([[p.rows for p in b.parts] for b in blocks], top, 0, programs)
+            rows = taps_of_tile(blocks, top, 0, programs)
             last = (top, left) == (tops[-1], lefts[-1])
             yield Tile((top, left), rows, columns, last)
 
 
 def taps_of_tile(
-    taps: Sequence[Sequence[Taps]], start: int, axis: int, programs: Programs
+    blocks: Sequence[Block], start: int, axis: int, programs: Programs
 ) -> tuple[TapsOnDevice, ...]:
-    """For each view the taps of a tile's rows (axis 0) or columns, of all blocks of a batch.
-
-    taps: of each block and view, along the whole axis; start: the tile's first pixel there.
-    """
+    """For each view the taps of a tile's rows (axis 0) or columns (1), from pixel `start` on."""
     length = TILE[axis]
     stacked = []
-    for view in zip(*taps, strict=True):
+    for parts in zip(*(block.parts for block in blocks), strict=True):
+        view = [(part.view.rows, part.view.columns)[axis].taps for part in parts]
         # Powers of two, since the number of taps is a shape.
         count = 1 << (max(own.cells.shape[1] for own in view) - 1).bit_length()
         cells = np.zeros((programs.batch, length, count), np.int32)
-        weight = np.zeros((programs.batch, length, count), jax.numpy.result_type(float))
+        weight = np.zeros((programs.batch, length, count), jnp.result_type(float))
         for row, own in enumerate(view):
             found, share = (x[start : start + length] for x in own)
             cells[row, : len(found), : found.shape[1]] = found

@@ -5,6 +5,7 @@ pixels, divides by the number of windows over a pixel and cuts padding away.
 """
 
 import math
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ class Axis(NamedTuple):
     window: int  # of each window
     input: int  # of the network's input that holds it
     canvas: int  # cells that the scores of all windows lie on
-    starts: tuple[int, ...]  # of the windows, in the padded image and on the canvas
+    starts: tuple[int, ...]  # of the windows; the canvas begins with the first
     taps: Taps  # from cells of the canvas, one row a pixel of the image
 
 
@@ -52,8 +53,20 @@ class View(NamedTuple):
         return self.rows.canvas, self.columns.canvas
 
     @property
-    def windows(self) -> int:
-        return len(self.rows.starts) * len(self.columns.starts)
+    def window(self) -> Size:
+        """The size of each window."""
+        return self.rows.window, self.columns.window
+
+    @property
+    def sources(self) -> list[Size]:
+        """The top left pixels of the windows in the padded image."""
+        return list(product(self.rows.starts, self.columns.starts))
+
+    @property
+    def targets(self) -> list[Size]:
+        """The top left cells of the windows' scores on the canvas."""
+        top, left = self.sources[0]
+        return [(y - top, x - left) for y, x in self.sources]
 
 
 def views(size: Size, config: ConfigDict) -> list[View]:
