@@ -186,7 +186,7 @@ class WholeImages:
         """(variables, images, sizes) -> logits."""
         return by_device(partial(logits_of, run=self.run), self.mesh, (True, False, False))
 
-    def inputimages_and_sizes(self, size: Size, windows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def input_shapes(self, size: Size, windows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The images and sizes that `network` gets for inputs of a size."""
         return images_and_sizes((self.batch,), size, jnp.uint8, self.mesh)
 
@@ -238,7 +238,7 @@ class SlidingWindows:
         most = -(-self.run.config.eval.batch_size // self.mesh.size)
         return min(most, 1 << (windows - 1).bit_length())
 
-    def inputimages_and_sizes(self, size: Size, windows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def input_shapes(self, size: Size, windows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The windows and sizes that `network` gets for inputs of a size, `windows` a block."""
         lead = self.mesh.size, self.windows_per_call(windows)
         return images_and_sizes(lead, size, jnp.float32, self.mesh)

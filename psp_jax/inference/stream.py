@@ -119,11 +119,8 @@ class Stream:
         programs, program = self.programs[protocol], self.tile_programs[protocol]
         canvases = programs.canvases(variables, blocks)
         for tile in tiles(blocks, programs):
-            arrays: tuple[Any, ...] = ()
-            if batch[0].job.label is not None:
-                labels = labels_of_tile(batch, tile.place, programs.batch)
-                arrays = (put_batch(labels, programs.mesh),)
-            yield tile, program(canvases, tile.rows, tile.columns, arrays)
+            labels = put_batch(labels_of_tile(batch, tile.place, programs.batch), programs.mesh)
+            yield tile, program(canvases, tile.rows, tile.columns, labels)
 
 
 def make_batches(examples: Iterable[list[Example[J]]], size: int) -> Iterator[list[Example[J]]]:
@@ -193,13 +190,18 @@ def taps_of_tile(
     return tuple(stacked)
 
 
-def labels_of_tile(batch: Sequence[Example[J]], place: Size, rows: int) -> np.ndarray:
-    """The labels uint8 [rows, *TILE] of a tile of each block, 255 where there is no image."""
+def labels_of_tile(batch: Sequence[Example[J]], place: Size, rows: int) -> tuple[np.ndarray, ...]:
+    """The labels uint8 [rows, *TILE] of a tile of each block, 255 where there is no image.
+
+    () if the images have no labels.
+    """
     labels = np.full((rows, *TILE), IGNORE, np.uint8)
     for row, (job, block) in enumerate(batch):
+        if job.label is None:
+            return ()
         within, pixels = overlap(block, place)
         labels[row][within] = job.label[pixels]
-    return labels
+    return (labels,)
 
 
 def overlap(block: Block, place: Size) -> tuple[Pixels, Pixels]:
