@@ -1,13 +1,14 @@
-"""Times sliding, multi-scale evaluation with mirror images, and a plain loop over windows.
+"""Times sliding, multi-scale evaluation with mirror images against the plain loop over windows.
 
     python -m benchmarks.evaluate [--images 4] [--classes 150] [--depth 50] [--crop 473]
 
-Both run the same network on the same images in one process and take turns. The plain loop is the
-authors' test with the same compiled network: one window and its mirror image at a time, with
-probabilities added in float64 on the host and resized by OpenCV. Prints JSON: images a second of
-each, their ratio, the share of pixels with another class, and the network's share of our time,
-which limits the ratio. `--memory` instead prints the peak memory of predicting images of several
-sizes, each in a process of its own.
+Both run the same network on the same images in one process and take turns, image by image. The
+plain loop is the authors' test written with the same compiled network: a window and its mirror
+image at a time. It adds probabilities in float64 on the host and resizes them by OpenCV.
+
+Prints JSON: images a second of each, their ratio, the share of pixels with another class, and the
+share of our time that the network alone takes, which bounds the ratio. `--memory` instead prints
+the peak memory of predicting images of several sizes, each in a process of its own.
 """
 
 import argparse
@@ -26,13 +27,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from psp_jax.config_check import resolve
-from psp_jax.inference.protocols import blocks
+from psp_jax.inference.views import views
 from psp_jax.model.resample import resize
 from psp_jax.predict import Predictor
 from psp_jax.state import jit_for_one_call, new_state, setup
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-SIZES = ((512, 683), (683, 512), (480, 640), (600, 600), (768, 1024))  # similar to ADE20K's
+SIZES = ((512, 683), (683, 512), (480, 640), (600, 600), (768, 1024))  # ADE20K's are alike
 MEMORY_SIZES = ((256, 256), (1000, 1500), (2000, 3000), (4000, 6000))
 
 
@@ -53,13 +54,13 @@ def config_of(flags: argparse.Namespace) -> ConfigDict:
     )
 
 
-def make_image(size: tuple[int, int], seed: int) -> np.ndarray:
+def picture(size: tuple[int, int], seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return cv2.resize(rng.integers(0, 256, (9, 9, 3)).astype(np.uint8), size[::-1])
 
 
 def plain_loop(image: np.ndarray, forward: Any, config: ConfigDict) -> np.ndarray:
-    """Class ids by the authors' procedure. forward: [2, crop, crop, 3] -> logits of that size."""
+    """Class ids by the authors' procedure; forward: [2, crop, crop, 3] -> logits of that size."""
     mean, std = np.array(config.data.mean), np.array(config.data.std)
     crop, stride = config.data.crop, math.ceil(config.data.crop * 2 / 3)
     h, w = image.shape[:2]
@@ -85,7 +86,7 @@ def plain_loop(image: np.ndarray, forward: Any, config: ConfigDict) -> np.ndarra
                 scores[y : y + crop, x : x + crop] += (both[0] + both[1, :, ::-1]) / 2
                 count[y : y + crop, x : x + crop] += 1
         scores = (scores / count)[top : top + nh, left : left + nw]
-        for c in range(0, classes, 4):  # OpenCV resizes 4 channels fast, and at most 128
+        for c in range(0, classes, 4):  # OpenCV resizes 4 channels fast, and no more than 128
             part = np.ascontiguousarray(scores[..., c : c + 4])
             part = cv2.resize(part, (w, h), interpolation=cv2.INTER_LINEAR)
             total[..., c : c + 4] += part.reshape(h, w, -1)
@@ -93,11 +94,10 @@ def plain_loop(image: np.ndarray, forward: Any, config: ConfigDict) -> np.ndarra
 
 
 def compare(flags: argparse.Namespace) -> dict[str, Any]:
-    config = config_of(flags)
-    run = setup(config)
-    model = run.model
+    run = setup(config_of(flags))
+    config, model = run.config, run.model
     variables = jit_for_one_call(lambda: new_state(run))().variables
-    predictor = Predictor(config, variables)
+    predictor = Predictor(run, variables)
 
     @jax.jit
     def forward(x: jax.Array) -> jax.Array:
@@ -110,20 +110,20 @@ def compare(flags: argparse.Namespace) -> dict[str, Any]:
 
     batch = 2 * config.eval.batch_size
     x = np.zeros((batch, flags.crop, flags.crop, 3), np.float32)
-    plain_loop(make_image(SIZES[0], 0), forward, config)  # compiles
-    predictor(make_image(SIZES[0], 0))
+    plain_loop(picture(SIZES[0], 0), forward, config)  # compiles
+    predictor(picture(SIZES[0], 0))
     network(x).block_until_ready()
     seconds = {'ours': 0.0, 'plain': 0.0, 'network': 0.0}
     differing = pixels = 0
     for i in range(flags.images):
-        image = make_image(SIZES[i % len(SIZES)], i)
+        image = picture(SIZES[i % len(SIZES)], i)
         start = time.perf_counter()
         ours = predictor(image)
         seconds['ours'] += time.perf_counter() - start
         start = time.perf_counter()
         plain = plain_loop(image, forward, config)
         seconds['plain'] += time.perf_counter() - start
-        windows = sum(len(p.sources) for p in blocks(image, config, flags.classes)[0].parts)
+        windows = sum(len(view.sources) for view in views(image.shape[:2], config))
         start = time.perf_counter()
         network(x).block_until_ready()
         seconds['network'] += (time.perf_counter() - start) * 2 * windows / batch
@@ -162,10 +162,9 @@ def main() -> None:
         report: Any = peak_memory(flags)
     elif flags.memory:
         height, width = map(int, flags.memory.split('x'))
-        config = config_of(flags)
-        run = setup(config)
+        run = setup(config_of(flags))
         variables = jit_for_one_call(lambda: new_state(run))().variables
-        Predictor(config, variables)(make_image((height, width), 0))
+        Predictor(run, variables)(picture((height, width), 0))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         report = {'height': height, 'width': width, 'peak_GiB': round(peak, 2)}
     else:

@@ -1,10 +1,11 @@
-"""Scoring a network on a whole split: every image once, every valid pixel once."""
+"""Scores a network on a whole split: every image once, every valid pixel once."""
 
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +21,10 @@ from psp_jax.data.labels import IGNORE, label_space, server_ids
 from psp_jax.data.pipeline import holds_classes, read_ahead
 from psp_jax.data.sources import Source, check_source, make_source
 from psp_jax.errors import UserError
-from psp_jax.inference import protocols
-from psp_jax.inference.programs import TILE, Example, make_batches, make_programs, overlap, tiles
-from psp_jax.mesh import local_mesh, put_batch, replicated
-from psp_jax.model import pspnet
-from psp_jax.model.geometry import Size
-from psp_jax.predict import Predictor
+from psp_jax.inference.programs import make_programs, on_local_devices
+from psp_jax.inference.protocols import flips
+from psp_jax.inference.stream import Job, Pixels, Stream
+from psp_jax.mesh import local_mesh
 from psp_jax.report import console, html, pictures
 from psp_jax.report.pictures import Panel
 from psp_jax.runtime import checkpoint, preemption
@@ -33,29 +32,34 @@ from psp_jax.state import Setup, setup
 
 
 @dataclass
-class Scored:
-    """An image that is being scored: sums over its blocks and tiles."""
+class Scored(Job):
+    """An image, its prediction and its scores: sums over its tiles."""
 
+    label: np.ndarray
     number: int
-    panel: Panel  # its prediction is zeros where none was asked for
-    blocks: int  # still to come
     confusion: Any = 0  # int [classes, classes]
-    loss: float = 0.0
-    count: int = 0
+    loss: float = 0.0  # summed over the valid pixels
+    count: int = 0  # of valid pixels
+
+    def __post_init__(self) -> None:
+        self.prediction = np.zeros(self.image.shape[:2], np.uint8)
+
+    def add(self, pixels: Pixels, within: Pixels, result: Any) -> None:
+        """Takes what `score` gives."""
+        confusion, loss, count, prediction = result
+        self.confusion += confusion
+        self.loss += float(loss)
+        self.count += int(count)
+        self.prediction[pixels] = prediction[within]
 
 
 class Result(NamedTuple):
+    """What an evaluation finds."""
+
     scores: dict[str, Any]  # the content of metrics.json
     confusion: np.ndarray  # int64 [classes, classes] of (label, prediction)
-    each: np.ndarray  # float64 [images], the mIoU of each alone; NaN where no pixel is labelled
-    panels: dict[int, Panel]  # some images by their number; of the first process only
-
-
-class Evaluator:
-    """The compiled evaluation of a split; see `make_evaluator`."""
-
-    def __init__(self, run: Setup, source: Source):
-        self.evaluate, self.panels = make_evaluator(run.config, run.model, source)
+    each: np.ndarray  # float64 [images], the mIoU of each alone; NaN if no pixel is labelled
+    panels: dict[int, Panel]  # some images by their number; empty in processes other than 0
 
 
 def score(probabilities: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
@@ -69,117 +73,57 @@ def score(probabilities: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
     return confusion, *losses.cross_entropy(logits, labels), predictions
 
 
-def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> Any:
-    """The scoring of every image of `source` once, and the panels of some.
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores networks on a split, every image once.
 
-    `evaluate(variables, step, write=None)` gives the Result; `write(number, prediction)` gets
-    every prediction, where it is given. `panels(variables, numbers)` looks at some images again.
-    Every process scores every `process_count`-th image on its own devices, at its own pace; only
-    the counts are summed over processes in the end.
+    Every process scores every `process_count`-th image on its own devices, at its own pace. The
+    sums over processes are taken at the end.
     """
-    mesh = local_mesh(config.mesh.data, config.mesh.space)
-    names = label_space(config.data.classes).names
-    share = range(jax.process_index(), source.length, jax.process_count())
-    programs = make_programs(config, model, mesh)
-    score_tile = programs.on_tile(score)
 
-    def read(number: int) -> tuple[int, np.ndarray, np.ndarray]:
-        return number, *source.read(number)
+    run: Setup
+    source: Source
 
-    def prepare(decoded: tuple[int, np.ndarray, np.ndarray]) -> list[Example]:
-        number, image, label = decoded
-        blocks = protocols.blocks(image, config, len(names))
-        return [Example(number, image, label, block, len(blocks)) for block in blocks]
-
-    def dispatch(variables: Any, batch: list[Example]) -> list[tuple[Size, Any]]:
-        blocks = [example.block for example in batch]
-        fields = programs.fields(variables, blocks)
-        outputs = []
-        for tile in tiles(blocks, programs):
-            labels = np.full((programs.batch, *TILE), IGNORE, np.uint8)
-            for row, example in enumerate(batch):
-                inside, outside = overlap(example.block, tile.place)
-                labels[row][inside] = example.label[outside]
-            outputs.append((tile.place, score_tile(fields, tile, put_batch(labels, mesh))))
-        return outputs
-
-    def scored(variables: Any, numbers: Iterable[int], predict: bool) -> Iterator[Scored]:
-        """Each image of `numbers`, in an order that depends on their sizes."""
-        unfinished: dict[int, Scored] = {}
-
-        def collect(batch: list[Example], outputs: list[tuple[Size, Any]]) -> Iterator[Scored]:
-            host = [(place, jax.device_get(o if predict else o[:3])) for place, o in outputs]
-            for row, (number, image, label, block, blocks) in enumerate(batch):
-                result = unfinished.setdefault(
-                    number, Scored(number, Panel(image, label, np.zeros_like(label)), blocks)
-                )
-                for place, (confusion, loss, count, *prediction) in host:
-                    result.confusion += confusion[row]
-                    result.loss += float(loss[row])
-                    result.count += int(count[row])
-                    if predict:
-                        inside, outside = overlap(block, place)
-                        result.panel.prediction[outside] = prediction[0][row][inside]
-                result.blocks -= 1
-                if not result.blocks:
-                    yield unfinished.pop(number)
-
-        # Pictures at all scales take much more memory than images: few are ahead.
-        examples = read_ahead(prepare, read_ahead(read, numbers, config.data.threads), 2)
-        unread = None
-        for batch in make_batches(examples, programs.batch):
-            outputs = dispatch(variables, batch)
-            if unread:
-                yield from collect(*unread)  # while the devices work on the next batch
-            unread = batch, outputs
-        if unread:
-            yield from collect(*unread)
-        programs.release()
-
-    def local(variables: Any) -> Any:
-        def placed(x: jax.Array) -> jax.Array:
-            there = {shard.device: shard.data for shard in x.addressable_shards}  # no copy of it
-            each = [
-                there[device] if device in there else jax.device_put(x.addressable_data(0), device)
-                for device in mesh.devices.flat
-            ]
-            return jax.make_array_from_single_device_arrays(x.shape, replicated(mesh), each)
-
-        return jax.tree.map(placed, variables)
-
-    def panels(variables: Any, numbers: Iterable[int]) -> dict[int, Panel]:
-        if jax.process_index() or not numbers:
-            return {}
-        found = scored(local(variables), sorted(set(numbers)), predict=True)
-        return dict(sorted((result.number, result.panel) for result in found))
+    @cached_property
+    def stream(self) -> Stream:
+        config = self.run.config
+        mesh = local_mesh(config.mesh.data, config.mesh.space)
+        return Stream({config.eval.protocol: make_programs(self.run, mesh)}, score)
 
     def evaluate(
-        variables: Any, step: int, write: Callable[[int, np.ndarray], None] | None = None
+        self,
+        variables: Any,
+        step: int,
+        write: Callable[[int, np.ndarray], None] | None = None,
     ) -> Result:
+        """Scores all images; every process calls it.
+
+        variables: 'params' and 'batch_stats', whole on each device of the run or on one.
+        write: gets the number and the prediction uint8 [H, W] of each image of this process.
+        """
         start = time.perf_counter()
+        config, source = self.run.config, self.source
+        names = label_space(config.data.classes).names
         confusion = np.zeros((len(names), len(names)), np.int64)
         each = np.zeros(source.length)
         loss, count = np.float64(0), np.int64(0)
+        share = range(jax.process_index(), source.length, jax.process_count())
         hidden = not console.on_terminal()
-        with tqdm(
-            total=len(share), desc='evaluating', unit='image', disable=hidden, leave=False
-        ) as bar:
-            for result in scored(local(variables), share, predict=write is not None):
-                preemption.still_alive(config.hang_seconds)
-                confusion += result.confusion
-                loss, count = loss + result.loss, count + result.count
-                labelled = result.confusion.any()
-                own = metrics.scores(result.confusion, names)['mIoU'] if labelled else np.nan
-                each[result.number] = own
-                if write:
-                    write(result.number, result.panel.prediction)
-                bar.update()
+        bar = {'desc': 'evaluating', 'unit': 'image', 'disable': hidden, 'leave': False}
+        for job in tqdm(self._scored(variables, share), total=len(share), **bar):
+            preemption.still_alive(config.hang_seconds)
+            confusion += job.confusion
+            loss, count = loss + job.loss, count + job.count
+            labelled = job.confusion.any()
+            each[job.number] = metrics.scores(job.confusion, names)['mIoU'] if labelled else np.nan
+            if write:
+                write(job.number, job.prediction)
         confusion, each, loss, count = sum_over_processes((confusion, each, loss, count))
         scores = {
             'step': step,
             'protocol': config.eval.protocol,
             'scales': list(config.eval.scales),
-            'flip': protocols.flips(config),
+            'flip': flips(config),
             'base_size': config.eval.base_size,
             'split': config.eval.split,
             'images': source.length,
@@ -190,9 +134,29 @@ def make_evaluator(config: ConfigDict, model: pspnet.PSPNet, source: Source) -> 
         }
         kept = min(config.eval.panels, source.length)
         spread = np.linspace(0, source.length - 1, kept).round().astype(int).tolist()
-        return Result(scores, confusion, each, panels(variables, spread))
+        return Result(scores, confusion, each, self.panels(variables, spread))
 
-    return evaluate, panels
+    def panels(self, variables: Any, numbers: Iterable[int]) -> dict[int, Panel]:
+        """Some images and their predictions, by their number; only process 0 has them."""
+        if jax.process_index():
+            return {}
+        found = self._scored(variables, sorted(set(numbers)))
+        panels = {job.number: Panel(job.image, job.label, job.prediction) for job in found}
+        return dict(sorted(panels.items()))
+
+    def _scored(self, variables: Any, numbers: Sequence[int]) -> Iterator[Scored]:
+        """Each image of `numbers`, in an order that depends on their sizes."""
+        config, (programs,) = self.run.config, self.stream.programs.values()
+        jobs = read_ahead(self._read, numbers, config.data.threads)
+        # An image at all scales takes much more memory than the image: few are ahead.
+        examples = read_ahead(partial(self.stream.blocks, protocol=config.eval.protocol), jobs, 2)
+        return self.stream.run(on_local_devices(variables, programs.mesh), examples)
+
+    def _read(self, number: int) -> Scored:
+        image, label = self.source.read(number)
+        if label is None:  # the image gets a prediction alone
+            label = np.full(image.shape[:2], IGNORE, np.uint8)
+        return Scored(image, label, number)
 
 
 def sum_over_processes(tree: Any) -> Any:
@@ -208,12 +172,18 @@ def sum_over_processes(tree: Any) -> Any:
     return jax.tree.map(add, tree)
 
 
+# ---- What is written
+
+
 def folder_of(workdir: str, step: int, config: ConfigDict) -> str:
     return f'{workdir}/eval/{step}-{config.eval.protocol}'
 
 
 def write_result(result: Result, workdir: str, config: ConfigDict) -> np.ndarray | None:
-    """Writes metrics.json, confusion.npy and panels.png; returns the latter uint8 [H, W, 3]."""
+    """Process 0 writes metrics.json, confusion.npy and panels.png; returns the latter's pixels.
+
+    uint8 [H, W, 3]; None without panels and in the other processes.
+    """
     if jax.process_index():
         return None
     scores = result.scores
@@ -235,18 +205,18 @@ def write_html(
     result: Result,
     panels: dict[str, dict[int, Panel]],
     source: Source,
-    where: str,
+    checkpoint_path: str,
     folder: str,
     config: ConfigDict,
 ) -> None:
-    """Writes report.html; `panels`: {'best': {number: Panel}, ...}; where: the checkpoint."""
+    """Writes FOLDER/report.html; panels: {'best': {number: image}, ...}."""
     scores = result.scores
     flip = 'with mirror images' if scores['flip'] else 'without mirror images'
     sizes = f'base size {scores["base_size"] or "of each image"}'
     devices = f'{jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process'
     scales = ', '.join(f'{scale:g}' for scale in scores['scales'])
     facts = {
-        'checkpoint': where,
+        'checkpoint': checkpoint_path,
         'network': f'PSPNet-{config.model.depth}, bins {config.model.bins}, {config.dtype}',
         'protocol': f'{scores["protocol"]}, scales {scales}, {flip}, {sizes}',
         'data': f'{scores["images"]} images of {scores["split"]!r}, {config.data[scores["split"]]}',
@@ -254,7 +224,6 @@ def write_html(
         'devices': devices,
         'versions': f'jax {jax.__version__}, numpy {np.__version__}',
     }
-
     shown = [
         html.Shown(title, source.names(number)[0], result.each[number], panel)
         for title, found in panels.items()
@@ -266,7 +235,7 @@ def write_html(
 
 
 def ranked(each: np.ndarray, most: int = 3) -> dict[str, list[int]]:
-    """The best, median and worst images by their own mIoU, each number once."""
+    """The numbers of the best, median and worst images by their own mIoU; no number twice."""
     order = [int(i) for i in np.argsort(-each, kind='stable') if not np.isnan(each[i])]
     most = min(most, len(order) // 3)
     if not most:
@@ -279,13 +248,10 @@ def ranked(each: np.ndarray, most: int = 3) -> dict[str, list[int]]:
     }
 
 
-def prediction_writer(
-    source: Source, folder: str, config: ConfigDict
-) -> Callable[[int, np.ndarray], None]:
-    """Writes FOLDER/predictions/SPLIT/NAME.png of an image as the data set's server takes it.
+def prediction_names(source: Source) -> list[str]:
+    """The images' names without suffix, below the folder that all have in common.
 
-    ADE20K: 1..150; Cityscapes: label ids; others: class ids with a palette, as PASCAL VOC's. NAME
-    is the image's, below the folder that all have in common. Raises UserError for two of a name.
+    Raises UserError if two have the same.
     """
     images = [source.names(number)[0] for number in range(source.length)]
     paths = [os.path.abspath(image.partition('://')[2] or image) for image in images]
@@ -293,64 +259,70 @@ def prediction_writer(
     names = [os.path.splitext(os.path.relpath(path, common))[0] for path in paths]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f'two images are called {twice}: their predictions would have one name')
+        raise UserError(f'two images are called {twice}: rename one, for their predictions')
+    return names
+
+
+def write_prediction(
+    number: int, prediction: np.ndarray, *, names: Sequence[str], folder: str, config: ConfigDict
+) -> None:
+    """Writes FOLDER/predictions/SPLIT/NAME.png of an image as the data set's server takes it.
+
+    prediction: class ids uint8 [H, W]. They are stored as the label space's server ids, or with
+    a palette if it has none.
+    """
     space = label_space(config.data.classes)
+    path = f'{folder}/predictions/{config.eval.split}/{names[number]}.png'
+    tf.io.gfile.makedirs(os.path.dirname(path))
+    encoded = pictures.labels_png(
+        server_ids(prediction, space), None if space.server_ids else space
+    )
+    with tf.io.gfile.GFile(path, 'wb') as file:
+        file.write(encoded)
 
-    def write(number: int, prediction: np.ndarray) -> None:
-        path = f'{folder}/predictions/{config.eval.split}/{names[number]}.png'
-        tf.io.gfile.makedirs(os.path.dirname(path))
-        stored = server_ids(prediction, space)
-        with tf.io.gfile.GFile(path, 'wb') as file:
-            file.write(pictures.labels_png(stored, None if space.server_ids else space))
 
-    return write
+# ---- The mode of the command line
 
 
 def can_be_scored(source: Source, threads: int) -> bool:
-    """Whether `source` holds classes, which the first process finds out for all."""
-    found = jax.process_index() == 0 and holds_classes(source, threads)
-    return bool(multihost_utils.broadcast_one_to_all(np.array(found)))
+    """Whether labels of `source` hold a class. Process 0 looks and tells the others."""
+    found = int(jax.process_index() == 0 and holds_classes(source, threads))
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(found)))
 
 
 def evaluate_checkpoint(
     config: ConfigDict | None, workdir: str, which: str, overrides: list[str]
 ) -> None:
-    """Scores a checkpoint and writes `WORKDIR/eval`; the configuration defaults to its own.
+    """Scores a checkpoint and writes WORKDIR/eval; the configuration defaults to its own.
 
-    Of a split without labels, or whose labels hold no class, it writes the predictions alone.
+    If no label of the split holds a class, it writes the predictions alone.
     """
     path, step = checkpoint.find(workdir, which)
-    # While the run goes on, another process may have found another one.
+    # A run that goes on may save another one while the processes look.
     step = int(multihost_utils.broadcast_one_to_all(np.asarray(step)))
     config = config or checkpoint.config_of(path, step, overrides)
     preemption.still_alive(config.hang_seconds)
     console.say('\n'.join(preemption.process_lines()))
     folder, where = folder_of(workdir, step, config), path / str(step)
-    try:
-        tf.io.gfile.makedirs(folder)
-        probe = f'{folder}/.probe{jax.process_index()}'  # processes may be here at the same time
-        with tf.io.gfile.GFile(probe, 'w') as file:
-            file.write('')
-        tf.io.gfile.remove(probe)
-    except tf.errors.OpError as error:
-        raise UserError(f'{folder}: cannot be written ({error.message}); set --workdir') from error
+    check_folder(folder)
     source = make_source(config.data, config.eval.split)
     check_source(source)
     run = setup(config)
     variables = checkpoint.restore_variables(run, path, step)
     labelled = can_be_scored(source, config.data.threads)
-    saves = config.eval.save_predictions or not labelled
-    write = prediction_writer(source, folder, config) if saves else None
-    if write and not labelled:
-        predict_split(config, variables, source, write)
-        console.say(f'{source.length} predictions written to {folder}/predictions')
-        return
+    write = None
+    if config.eval.save_predictions or not labelled:
+        names = prediction_names(source)
+        write = partial(write_prediction, names=names, folder=folder, config=config)
     console.say(
         f'evaluating {where} on {source.length} images of {config.eval.split!r} by protocol '
         f'{config.eval.protocol}'
     )
     evaluator = Evaluator(run, source)
     result = evaluator.evaluate(variables, step, write)
+    if not labelled:
+        console.say(f'{source.length} predictions written to {folder}/predictions')
+        return
     write_result(result, workdir, config)
     chosen = ranked(result.each)
     found = evaluator.panels(variables, [n for numbers in chosen.values() for n in numbers])
@@ -361,20 +333,13 @@ def evaluate_checkpoint(
     console.say(f'{console.headline(result.scores)}\nwritten to {folder}')
 
 
-def predict_split(
-    config: ConfigDict, variables: Any, source: Source, write: Callable[[int, np.ndarray], None]
-) -> None:
-    """Writes the predictions of every image, this process its share of them."""
-    share = range(jax.process_index(), source.length, jax.process_count())
-
-    def read(number: int) -> tuple[int, np.ndarray]:
-        return number, source.read(number)[0]
-
-    images = read_ahead(read, share, config.data.threads)
-    # As a split with labels is scored, whatever the size of its images.
-    found = Predictor(config, variables, piece=float('inf')).stream(images)
-    for number, _, prediction in tqdm(
-        found, total=len(share), desc='predicting', unit='image', disable=not console.on_terminal()
-    ):
-        preemption.still_alive(config.hang_seconds)
-        write(number, prediction)
+def check_folder(folder: str) -> None:
+    """Makes the folder of results; raises UserError if nothing can be written there."""
+    try:
+        tf.io.gfile.makedirs(folder)
+        probe = f'{folder}/.probe{jax.process_index()}'  # other processes try at the same time
+        with tf.io.gfile.GFile(probe, 'w') as file:
+            file.write('')
+        tf.io.gfile.remove(probe)
+    except tf.errors.OpError as error:
+        raise UserError(f'{folder}: cannot be written ({error.message}); set --workdir') from error

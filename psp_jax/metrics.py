@@ -1,4 +1,4 @@
-"""Confusion matrices and the numbers read off them."""
+"""Confusion matrices, and the scores computed from them."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from psp_jax.data.labels import LabelSpace
 def confusion_matrix(predictions: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
     """Counts pixels by (label, prediction), ignoring label 255: int32[classes, classes].
 
-    Made of float32 one-hot products, exact below 2**24 pixels a call.
+    A product of one-hot float32 matrices: exact below 2**24 pixels a call.
     """
     rows = jax.nn.one_hot(labels.reshape(-1), classes, dtype=jnp.float32)  # 255 gives a zero row
     columns = jax.nn.one_hot(predictions.reshape(-1), classes, dtype=jnp.float32)
@@ -21,13 +21,13 @@ def confusion_matrix(predictions: jax.Array, labels: jax.Array, classes: int) ->
 
 
 def scores(confusion: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
-    """The figures of `metrics.json` from int64[classes, classes] of (label, prediction) counts.
+    """The scores in `metrics.json`, from int64[classes, classes] of (label, prediction) counts.
 
-    `mIoU` is the mean over the classes whose union is not empty (mmsegmentation's and
-    cityscapesscripts' way), `mIoU_all` counts an empty class as 0 (semseg's way); `mAcc` and
-    `mAcc_all` likewise for the share of a class's own pixels that are right. `allAcc` is the share
-    of all valid pixels. `pixels` is the number of labelled pixels. A class without union has an
-    `iou` of None, one without pixels an `acc` of None.
+    `mIoU` is the mean over the classes whose union is not empty, as in mmsegmentation and
+    cityscapesscripts. `mIoU_all` counts the other classes as 0, as semseg does. `mAcc` and
+    `mAcc_all` are the same means of the share of a class's pixels that are predicted right.
+    `allAcc` is that share of all valid pixels. `pixels` counts a class's labelled pixels. A class
+    with an empty union has an `iou` of None; one without labelled pixels has an `acc` of None.
     """
     right = np.diag(confusion).astype(float)
     labelled, predicted = confusion.sum(1), confusion.sum(0)
@@ -61,11 +61,11 @@ def scores(confusion: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def extra_scores(confusion: np.ndarray, space: LabelSpace) -> dict[str, Any]:
-    """What a data set's own benchmark reports besides.
+    """The scores that the data set's own benchmark adds; {} if it adds none.
 
-    `challenge_score` is the mean of mIoU (a class of empty union counts 0) and pixel accuracy, by
-    which the ADE20K scene parsing challenge ranks. `categories` has the IoU of each group of
-    classes and `category_mIoU` their mean, as in cityscapesScripts.
+    `challenge_score` is the mean of `mIoU_all` and `allAcc`: the ADE20K scene parsing challenge
+    ranks by it. `categories` has the IoU of each category of classes, and `category_mIoU` their
+    mean, as in cityscapesScripts.
     """
     extra: dict[str, Any] = {}
     if space.challenge_score:

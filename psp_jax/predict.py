@@ -1,4 +1,4 @@
-"""Label maps of pictures: `--mode predict`, and the same for programs.
+"""Label maps of images: `--mode predict`, and the same for programs.
 
 from psp_jax.predict import load
 network = load('runs/camvid')
@@ -7,9 +7,12 @@ labels = network(image)  # uint8 [H, W, 3] of any size -> uint8 [H, W]
 
 import glob
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -24,163 +27,140 @@ from psp_jax.data.labels import LabelSpace, label_space
 from psp_jax.data.pipeline import read_ahead
 from psp_jax.data.sources import PICTURES
 from psp_jax.errors import UserError
-from psp_jax.inference import protocols
-from psp_jax.inference.programs import (
-    Example,
-    Programs,
-    make_batches,
-    make_programs,
-    overlap,
-    tiles,
-)
-from psp_jax.inference.protocols import Block
+from psp_jax.inference.programs import make_programs, on_local_devices
+from psp_jax.inference.protocols import flips, protocol_of
+from psp_jax.inference.stream import Job, Pixels, Stream
 from psp_jax.mesh import local_mesh
-from psp_jax.model import pspnet
-from psp_jax.model.geometry import Size
 from psp_jax.report import console, pictures
 from psp_jax.runtime import checkpoint
-from psp_jax.state import setup
+from psp_jax.state import Setup, setup
 
 K = TypeVar('K')
 
-PIECE = 2**22  # pixels; larger images are not shown in one piece
+PIECE = 2**22  # pixels; larger images are not shown to the network in one piece
 ENDINGS = ('.png', '_overlay.jpg', '.npy')
-IN_WINDOWS = {'whole': 'semseg', 'mmseg': 'mmseg_slide'}  # by the same side of the image
+
+
+@dataclass
+class Predicted(Job):
+    """An image that is being predicted."""
+
+    key: Any  # what the caller calls it
+    probabilities: np.ndarray | None  # float [H, W, classes] to fill, if they are asked for
+
+    def __post_init__(self) -> None:
+        self.ids = np.zeros(self.image.shape[:2], np.uint8)
+
+    def add(self, pixels: Pixels, within: Pixels, result: Any) -> None:
+        """Takes the class ids or the probabilities of a tile."""
+        tile = result[within]
+        if self.probabilities is not None:
+            self.probabilities[pixels] = tile
+            tile = tile.argmax(-1)
+        self.ids[pixels] = tile
+
+
+def class_ids(probabilities: jax.Array) -> jax.Array:
+    """[h, w, classes] -> the likeliest class uint8 [h, w]."""
+    return jnp.argmax(probabilities, -1).astype(jnp.uint8)
+
+
+def unchanged(probabilities: jax.Array) -> jax.Array:
+    return probabilities
 
 
 class Predictor:
     """A trained network with its configuration; `load` makes one.
 
     Calling it with an image, uint8 [H, W, 3] RGB or [H, W] grey of any size, gives class ids
-    uint8 [H, W] by the protocol of `config.eval`; images that a protocol would show in one piece of
-    more than `piece` pixels go by windows. For one thread at a time.
+    uint8 [H, W] by the protocol of `config.eval`. If the protocol would show the network an image
+    in one piece of more than `piece` pixels, it goes by windows. For one thread at a time.
     """
 
-    def __init__(self, config: ConfigDict, variables: Any, piece: float = PIECE):
-        # Results do not depend on the canvases; few of them serve pictures of many sizes.
-        multiple = max(config.eval.multiple, 64)
-        config = resolve(flatten(config) | {'eval.multiple': multiple})
-        self.config = config
-        self.space: LabelSpace = label_space(config.data.classes)
-        self._variables = variables
-        self._piece = piece  # pixels that the network is shown at once
-        self._configs = {config.eval.protocol: config}
-        if config.eval.protocol in IN_WINDOWS:
-            large = in_windows(config)
-            self._configs[large.eval.protocol] = large
-        self._made: dict[str, tuple[Programs, Callable[..., Any], Callable[..., Any]]] = {}
+    def __init__(self, run: Setup, variables: Any, piece: float = PIECE):
+        mesh = local_mesh(run.config.mesh.data, run.config.mesh.space)
+        # Few shapes serve images of many sizes, and each device gets one image at a time, since
+        # there may be no second one. Results do not depend on it.
+        multiple = max(run.config.eval.multiple, 64)
+        changes: dict[str, Any] = {'eval.multiple': multiple}
+        if not protocol_of(run.config).slides:
+            changes['eval.batch_size'] = mesh.size
+        self.config = resolve(flatten(run.config) | changes)
+        self.space: LabelSpace = label_space(run.config.data.classes)
+        self.piece = piece
+        configs = [self.config]
+        if protocol_of(self.config).for_large_images:
+            configs.append(in_windows(self.config, run.config.eval.batch_size))
+        programs = {
+            config.eval.protocol: make_programs(replace(run, config=config), mesh)
+            for config in configs
+        }
+        self._variables = on_local_devices(variables, mesh)
+        self._ids = Stream(programs, class_ids)
+        self._probabilities = Stream(programs, unchanged, unread=1)  # they are large
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         return next(self.stream([(None, image)]))[2]
 
     def probabilities(self, image: np.ndarray) -> np.ndarray:
         """float32 [H, W, classes], which sum to 1 over the classes."""
-        made: list[np.ndarray] = []
-
-        def scores(_: None, shape: tuple[int, int, int]) -> np.ndarray:
-            made.append(np.zeros(shape, np.float32))
-            return made[0]
-
-        next(self.stream([(None, image)], scores))
-        return made[0]
+        image = as_rgb(image)
+        found = np.zeros((*image.shape[:2], len(self.space.names)), np.float32)
+        next(self.stream([(None, image)], lambda key, shape: found))
+        return found
 
     def stream(
         self,
         images: Iterable[tuple[K, np.ndarray]],
-        scores: Callable[[K, tuple[int, int, int]], np.ndarray] | None = None,
+        new_array: Callable[[K, tuple[int, int, int]], np.ndarray] | None = None,
     ) -> Iterator[tuple[K, np.ndarray, np.ndarray]]:
         """(key, image, class ids) of many images (key, image), each when it is done.
 
-        `scores(key, [H, W, classes])` gives the array that an image's probabilities go into.
+        new_array(key, (H, W, classes)), if given, makes the array for an image's probabilities.
         """
-        waiting: dict[int, tuple[K, np.ndarray, np.ndarray, np.ndarray | None]] = {}
-        left: dict[int, int] = {}  # blocks of an image
+        stream = self._probabilities if new_array else self._ids
+        jobs = (self._job(key, as_rgb(image), new_array) for key, image in images)
+        examples = (stream.blocks(job, self._protocol(job.image)) for job in jobs)
+        for job in stream.run(self._variables, examples):
+            yield job.key, job.image, job.ids
 
-        def blocks() -> Iterator[list[Example]]:
-            for number, (key, image) in enumerate(images):
-                image = as_rgb(image)
-                found = self._blocks(image)
-                shape = image.shape[0], image.shape[1], len(self.space.names)
-                array = scores(key, shape) if scores else None
-                waiting[number] = key, image, np.zeros(shape[:2], np.uint8), array
-                left[number] = len(found)
-                yield [Example(number, image, None, block, len(found)) for block in found]
+    def _job(self, key: Any, image: np.ndarray, new_array: Callable[..., Any] | None) -> Predicted:
+        shape = *image.shape[:2], len(self.space.names)
+        return Predicted(image, None, key, new_array(key, shape) if new_array else None)
 
-        size = local_mesh(self.config.mesh.data, self.config.mesh.space).size
-        for batch in make_batches(blocks(), size):
-            for example, place, tile in self._tiles(batch, scores is not None):
-                _, _, ids, array = waiting[example.number]
-                inside, outside = overlap(example.block, place)
-                if array is not None:
-                    array[outside] = tile[inside]
-                    tile = tile.argmax(-1)
-                ids[outside] = tile[inside]
-            for example in batch:
-                left[example.number] -= 1
-                if not left[example.number]:
-                    yield waiting.pop(example.number)[:3]
-        for programs, _, _ in self._made.values():
-            programs.release()
-
-    def _blocks(self, image: np.ndarray) -> list[Block]:
-        config = self.config
-        if config.eval.protocol in IN_WINDOWS:
-            size = image.shape[0], image.shape[1]
-            seen = protocols.seen_size(size, max(config.eval.scales), config)
-            if seen[0] * seen[1] > self._piece:
-                config = self._configs[IN_WINDOWS[config.eval.protocol]]
-        return protocols.blocks(image, config, len(self.space.names))
-
-    def _programs(self, protocol: str) -> tuple[Programs, Callable[..., Any], Callable[..., Any]]:
-        """Those for blocks of a protocol, and for class ids and probabilities of a tile."""
-        if protocol not in self._made:
-            config = self._configs[protocol]
-            mesh = local_mesh(config.mesh.data, config.mesh.space)
-            if protocol not in protocols.SLIDING:  # one image a device: more may not come
-                config = resolve(flatten(config) | {'eval.batch_size': mesh.size})
-            made = make_programs(config, pspnet.build(config), mesh)
-            ids = made.on_tile(lambda p: jnp.argmax(p, -1).astype(jnp.uint8))
-            self._made[protocol] = made, ids, made.on_tile(lambda p: p)
-        return self._made[protocol]
-
-    def _tiles(
-        self, batch: list[Example], probabilities: bool
-    ) -> Iterator[tuple[Example, Size, np.ndarray]]:
-        """(block, place in it, class ids or probabilities of the tile there), tile by tile."""
-        programs, ids, chances = self._programs(batch[0].block.protocol)
-        fn = chances if probabilities else ids
-        blocks = [example.block for example in batch]
-        fields = programs.fields(self._variables, blocks)
-        unread = None
-        for tile in [*tiles(blocks, programs), None]:
-            running = (tile.place, fn(fields, tile)) if tile else None
-            if unread:
-                values = np.asarray(unread[1])
-                yield from ((e, unread[0], values[row]) for row, e in enumerate(batch))
-            unread = running
+    def _protocol(self, image: np.ndarray) -> str:
+        """The name of the protocol for an image of this size."""
+        protocol = protocol_of(self.config)
+        size = image.shape[0], image.shape[1]
+        height, width = protocol.seen_size(size, max(self.config.eval.scales), self.config)
+        large = not protocol.slides and height * width > self.piece
+        return large and protocol.for_large_images or self.config.eval.protocol
 
 
-def in_windows(config: ConfigDict) -> ConfigDict:
+def in_windows(config: ConfigDict, batch_size: int) -> ConfigDict:
     """The same sizes and scales by sliding windows, whose memory does not grow with the image."""
-    flip = str(protocols.flips(config)).lower()
-    protocol = IN_WINDOWS[config.eval.protocol]
-    return resolve(flatten(config) | {'eval.protocol': protocol, 'eval.flip': flip})
+    changes = {
+        'eval.protocol': protocol_of(config).for_large_images,
+        'eval.flip': str(flips(config)).lower(),
+        'eval.batch_size': batch_size,
+    }
+    return resolve(flatten(config) | changes)
 
 
 def load(
     source: str, which: str = 'latest', overrides: Mapping[str, Any] | None = None
 ) -> Predictor:
-    """The network in a working directory, or at a checkpoint's own path.
+    """The network of a working directory, or of a checkpoint's own path.
 
     which: 'latest', 'best' or a step. overrides: keys of its configuration, as in
-    {'eval.protocol': 'semseg', 'eval.base_size': 512}. Raises UserError for a missing or broken
-    checkpoint and unknown or illegal keys.
+    {'eval.protocol': 'semseg', 'eval.base_size': 512}. Raises UserError if the checkpoint is
+    missing or broken, and for unknown or illegal keys.
     """
     if not checkpoint.directory(source).exists():
         source, which = '', source
     path, step = checkpoint.find(source, which)
-    config = resolve(flatten(checkpoint.config_of(path, step)) | dict(overrides or {}))
-    return Predictor(config, checkpoint.restore_variables(setup(config), path, step))
+    run = setup(resolve(flatten(checkpoint.config_of(path, step)) | dict(overrides or {})))
+    return Predictor(run, checkpoint.restore_variables(run, path, step))
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:
@@ -202,22 +182,22 @@ def as_rgb(image: np.ndarray) -> np.ndarray:
 
 
 def find_images(images: str, output: str = '') -> dict[str, str]:
-    """{path: name without suffix, relative to the folder} of a picture, a folder or a glob.
+    """{path: name without suffix, relative to the folder} of an image, a folder or a glob.
 
-    What lies in the folder `output` is not among those of a folder. Raises UserError where there
-    is none, or two would share a name.
+    Leaves out what lies in the folder `output`. Raises UserError if there is no image, or if two
+    would share a name.
     """
     if os.path.isdir(images):
         found = []
-        for at, folders, names in os.walk(images):
-            folders[:] = [f for f in folders if not _same(os.path.join(at, f), output)]
-            found += [os.path.join(at, n) for n in names if n.lower().endswith(PICTURES)]
+        for parent, folders, names in os.walk(images):
+            folders[:] = [f for f in folders if not _same(os.path.join(parent, f), output)]
+            found += [os.path.join(parent, n) for n in names if n.lower().endswith(PICTURES)]
     elif os.path.isfile(images):
         found = [images]
     else:
         found = [path for path in glob.glob(images, recursive=True) if os.path.isfile(path)]
     if not found:
-        raise UserError(f'--images={images}: no picture, folder of pictures, or glob of some')
+        raise UserError(f'--images={images}: no image, folder of images, or glob of some')
     folder = images if os.path.isdir(images) else os.path.commonpath(map(os.path.dirname, found))
     by_name: dict[str, str] = {}
     for path in sorted(found):
@@ -235,62 +215,71 @@ def _same(path: str, other: str) -> bool:
 def predict_images(
     predictor: Predictor, names: Mapping[str, str], output: str, probabilities: bool
 ) -> list[str]:
-    """Writes the label map and an overlay of each picture; returns what could not be read.
+    """Writes the label map and an overlay of each image; returns what could not be read.
 
     names: as `find_images` gives them. For `a/b.jpg` there are OUTPUT/b.png (class ids with the
     palette), OUTPUT/b_overlay.jpg and, with `probabilities`, OUTPUT/b.npy (float16 [H, W,
-    classes]). Each appears once it is whole. Raises UserError where OUTPUT cannot be written or
-    the label maps would replace the pictures.
+    classes]). Each appears once it is whole. Raises UserError if OUTPUT cannot be written or the
+    label maps would replace the images.
     """
-    for path, name in names.items():
-        for ending in ENDINGS:
-            if _same(path, os.path.join(output, name + ending)):
-                raise UserError(f'--output={output}: would replace {path}; name another folder')
+    targets = {path: os.path.join(output, name) for path, name in names.items()}
+    check_targets(targets, output)
     bad: list[str] = []
-
-    def read(path: str) -> np.ndarray | UserError:
-        try:
-            return read_image(path)
-        except UserError as error:
-            return error
-
-    def place(path: str, ending: str) -> str:
-        target = os.path.join(output, names[path] + ending)
-        try:
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-        except OSError as error:
-            raise UserError(f'--output={output}: cannot be written ({error.strerror})') from error
-        return target
-
-    def scores(path: str, shape: tuple[int, int, int]) -> np.ndarray:
-        unfinished = place(path, '.npy') + '.unfinished'
-        return np.lib.format.open_memmap(unfinished, 'w+', np.float16, shape)
-
-    with whole_file(place(next(iter(names)), '.probe')) as probe:  # before compiling
-        open(probe, 'w').close()
-    os.remove(place(next(iter(names)), '.probe'))
-    with tqdm(total=len(names), desc='predicting', unit='image', disable=None) as bar:
-
-        def readable() -> Iterator[tuple[str, np.ndarray]]:
-            found = read_ahead(read, names, predictor.config.data.threads)
-            for path, image in zip(names, found, strict=True):
-                if isinstance(image, UserError):
-                    bad.append(str(image))
-                    bar.update()
-                else:
-                    yield path, image
-
-        done = predictor.stream(readable(), scores if probabilities else None)
-        for path, image, ids in done:
-            if probabilities:
-                os.replace(place(path, '.npy') + '.unfinished', place(path, '.npy'))
-            with whole_file(place(path, '.png')) as part, open(part, 'wb') as file:
-                file.write(pictures.labels_png(ids, predictor.space))
-            overlay = Image.fromarray(pictures.draw_overlay(image, ids, predictor.space))
-            with whole_file(place(path, '_overlay.jpg')) as part:
-                overlay.save(part, 'JPEG', quality=92)
-            bar.update()
+    images = readable(targets, predictor.config.data.threads, bad)
+    found = predictor.stream(images, unfinished_array if probabilities else None)
+    for target, image, ids in tqdm(
+        found, total=len(names), desc='predicting', unit='image', disable=None
+    ):
+        if probabilities:
+            os.replace(f'{target}.npy.unfinished', f'{target}.npy')
+        with whole_file(f'{target}.png') as part, open(part, 'wb') as file:
+            file.write(pictures.labels_png(ids, predictor.space))
+        overlay = Image.fromarray(pictures.draw_overlay(image, ids, predictor.space))
+        with whole_file(f'{target}_overlay.jpg') as part:
+            overlay.save(part, 'JPEG', quality=92)
     return bad
+
+
+def check_targets(targets: Mapping[str, str], output: str) -> None:
+    """Makes the folders of {image: path of its results without suffix}, before any compilation.
+
+    Raises UserError if they cannot be written, or if a result would replace an image.
+    """
+    for path, target in targets.items():
+        if any(_same(path, target + ending) for ending in ENDINGS):
+            raise UserError(f'--output={output}: would replace {path}; name another folder')
+    try:
+        for target in targets.values():
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+        with tempfile.TemporaryFile(dir=os.path.dirname(target)):
+            pass
+    except OSError as error:
+        raise UserError(f'--output={output}: cannot be written ({error.strerror})') from error
+
+
+def readable(
+    targets: Mapping[str, str], threads: int, bad: list[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(target, image) of {path: target}; what is wrong with the others goes into `bad`."""
+    found = read_ahead(image_or_error, targets, threads)
+    for target, image in zip(targets.values(), found, strict=True):
+        if isinstance(image, UserError):
+            bad.append(str(image))
+        else:
+            yield target, image
+
+
+def image_or_error(path: str) -> np.ndarray | UserError:
+    """The image uint8 [H, W, 3] of a file, or what is wrong with it."""
+    try:
+        return read_image(path)
+    except UserError as error:
+        return error
+
+
+def unfinished_array(target: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """float16 [H, W, classes] that lies in a file, so that it may be larger than memory."""
+    return np.lib.format.open_memmap(f'{target}.npy.unfinished', 'w+', np.float16, shape)
 
 
 def predict_checkpoint(
@@ -304,14 +293,15 @@ def predict_checkpoint(
 ) -> None:
     """`predict_images` with a checkpoint; the configuration defaults to its own.
 
-    Raises UserError that names the pictures that could not be read, once the others are done.
+    Once all others are done, raises UserError that names the images that could not be read.
     """
     path, step = checkpoint.find(workdir, which)
     config = config or checkpoint.config_of(path, step, overrides)
     names = find_images(images, output)
-    console.say(f'{path / str(step)} on {len(names)} pictures by protocol {config.eval.protocol}')
-    predictor = Predictor(config, checkpoint.restore_variables(setup(config), path, step))
+    console.say(f'{path / str(step)} on {len(names)} images by protocol {config.eval.protocol}')
+    run = setup(config)
+    predictor = Predictor(run, checkpoint.restore_variables(run, path, step))
     bad = predict_images(predictor, names, output, probabilities)
     console.say(f'{len(names) - len(bad)} label maps and overlays written to {output}')
     if bad:
-        raise UserError(f'{len(bad)} of {len(names)} pictures could not be read: {"; ".join(bad)}')
+        raise UserError(f'{len(bad)} of {len(names)} images could not be read: {"; ".join(bad)}')

@@ -1,101 +1,54 @@
 """Evaluation against a naive loop over images, whatever the batch size and number of devices."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import cv2
-import jax
 import numpy as np
 import pytest
+from PIL import Image
+from plain_loops import CLASSES, Loop, config_of, picture, setup_and_variables
 from several import LITTLE_OPTIMISATION, free_port
 
-from psp_jax.config import default_config
-from psp_jax.data.pipeline import holds_classes
-from psp_jax.data.sources import Source
-from psp_jax.inference import protocols
-from psp_jax.inference.programs import Example, make_batches
-from psp_jax.model import pspnet
-from psp_jax.state import enable_float64, init_variables, jit_for_one_call
+from psp_jax import predict
+from psp_jax.data.sources import Source, make_source
+from psp_jax.errors import UserError
+from psp_jax.evaluate import can_be_scored, prediction_names, ranked, write_prediction
+from psp_jax.main import main
 
 ROOT = Path(__file__).parent.parent
 SIZES = [(40, 57), (33, 33), (64, 48)]
-CLASSES = 5
-
-
-def config_of_test(batch_size=4, base_size=49, protocol='whole'):
-    config = default_config()
-    config.eval.protocol, config.data.crop = protocol, 33
-    batch_size = batch_size or 1
-    config.eval.multiple = 48  # one canvas for all: fewer programs, and filler beyond images
-    config.dtype = 'float64'
-    config.data.classes = str(CLASSES)
-    config.data.threads = 2
-    config.model.depth, config.model.stem = 18, 'deep_small'
-    config.model.head_width = config.model.aux_width = 8
-    config.eval.batch_size, config.eval.base_size, config.eval.panels = batch_size, base_size, 2
-    return config
 
 
 def read(index):
     """Example `index` of eleven, of three sizes, with ignored pixels."""
     rng = np.random.default_rng(index)
     size = SIZES[index % 3]
-    image = cv2.resize(rng.integers(0, 256, (6, 6, 3)).astype(np.uint8), size[::-1])
     label = rng.integers(0, CLASSES, size).astype(np.uint8)
     label[rng.random(size) < 0.2] = 255
-    return image, label
+    return picture(size, index), label
 
 
 SOURCE = Source(length=11, name=lambda index: f'example {index}', read=read)
 
 
-def variables_and_model(config):
-    enable_float64(config)
-    model = pspnet.build(config)
-    variables = dict(jit_for_one_call(lambda: init_variables(model, 0))())
-    # The running statistics of some data, so that activations are of a natural size.
-    images = np.stack([cv2.resize(read(i)[0], (49, 49)) for i in range(4)])
-    updated = batch_stats_after(config, variables, images)
-    variables['batch_stats'] = jax.tree.map(lambda x: x * 10, updated)
-    return variables, model
+def made(protocol, batch_size):
+    """In float64, with one shape of input for all images: fewer programs, and padding."""
+    keys = {'dtype': 'float64', 'eval.multiple': 48, 'eval.base_size': 49, 'eval.panels': 2}
+    return setup_and_variables(protocol, **keys, **{'eval.batch_size': batch_size})
 
 
-def batch_stats_after(config, variables, images):
-    """The running statistics after one update by a batch of uint8 images."""
-    model = pspnet.build(config)
-    _, updates = jit_for_one_call(
-        lambda v, x: model.apply(
-            v,
-            pspnet.normalise(x, config),
-            True,
-            mutable=['batch_stats'],
-            rngs={'dropout': jax.random.key(0)},
-        )
-    )(variables, images)
-    return updates['batch_stats']
-
-
-def naive_confusion(variables, model, config):
-    """One image at a time: cv2.resize, the network, np.interp per axis, argmax, np.add.at."""
+def naive_confusion(protocol):
+    loop = Loop(*made(protocol, 1))
     confusion = np.zeros((CLASSES, CLASSES), np.int64)
-    forward = jax.jit(lambda x: model.apply(variables, pspnet.normalise(x, config), False)[0])
     for index in range(SOURCE.length):
         image, label = read(index)
-        scale = 49 / max(label.shape)
-        height, width = (8 * round((side * scale - 1) / 8) + 1 for side in label.shape)
-        seen = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-        scores = np.asarray(forward(seen[None])[0])
-        for axis, sizes in ((0, (height, label.shape[0])), (1, (width, label.shape[1]))):
-            for size in sizes:
-                old = scores.shape[axis]
-                points = np.linspace(0, old - 1, size)
-                scores = np.apply_along_axis(
-                    lambda line, p=points, n=old: np.interp(p, np.arange(n), line), axis, scores
-                )
         valid = label != 255
-        np.add.at(confusion, (label[valid], scores.argmax(-1)[valid]), 1)
+        predictions = loop.probabilities(image).argmax(-1)
+        np.add.at(confusion, (label[valid], predictions[valid]), 1)
     return confusion
 
 
@@ -108,19 +61,18 @@ if processes != '1':
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     jax.distributed.initialize(f'localhost:{port}', int(processes), int(process))
 import test_evaluate as t
-from psp_jax.evaluate import make_evaluator
+from psp_jax.evaluate import Evaluator, can_be_scored
 out = {}
-for run in runs:
-    protocol, batch_size = run.split(',')
-    config = t.config_of_test(int(batch_size), protocol=protocol)
-    variables, model = t.variables_and_model(config)
+assert can_be_scored(t.SOURCE, 2)
+for word in runs:
+    protocol, batch_size = word.split(',')
     if batch_size == '0':
-        out[run] = t.naive_confusion(variables, model, config)
+        out[word] = t.naive_confusion(protocol)
         continue
-    evaluator = make_evaluator(config, model, t.SOURCE)
-    result = evaluator.evaluate(variables, 7)
+    run, variables = t.made(protocol, int(batch_size))
+    result = Evaluator(run, t.SOURCE).evaluate(variables, 7)
     assert result.scores['step'] == 7 and result.scores['images'] == 11
-    out[run], out[f'each of {run}'] = result.confusion, result.each
+    out[word], out[f'each of {word}'] = result.confusion, result.each
     assert sorted(result.panels) == ([0, 10] if process == '0' else [])
 if process == '0':
     np.savez(path, **out)
@@ -173,42 +125,90 @@ def test_eight_devices_and_two_processes_count_as_one(tmp_path, programs):
     assert_all_equal(found)
 
 
-def examples_of(sizes, config):
-    """What evaluation makes of images of these sizes."""
-    for number, size in enumerate(sizes):
-        image, label = np.zeros((*size, 3), np.uint8), np.zeros(size, np.uint8)
-        blocks = protocols.blocks(image, config, CLASSES)
-        yield [Example(number, image, label, block, len(blocks)) for block in blocks]
-
-
-@pytest.mark.parametrize('protocol', ['whole', 'semseg'])
-def test_batches_hold_every_example_once(protocol):
-    config = config_of_test(protocol=protocol)
-    rng = np.random.default_rng(0)
-    sizes = [tuple(rng.integers(20, 90, 2)) for _ in range(40)]
-    batches = list(make_batches(examples_of(sizes, config), 3))
-    assert sorted(example.number for batch in batches for example in batch) == list(range(40))
-    for batch in batches:
-        assert 1 <= len(batch) <= 3
-        assert len({example.block.kind for example in batch}) == 1
-
-
-@pytest.mark.parametrize('protocol', ['whole', 'mmseg'])
-def test_hundreds_of_image_sizes_compile_few_networks(protocol):
-    config = config_of_test(base_size=512, protocol=protocol)
-    config.eval.multiple = 64 if protocol == 'whole' else 256
-    rng = np.random.default_rng(0)
-    sizes = [tuple(rng.integers(200, 1200, 2)) for _ in range(300)]
-    kinds = {e.block.kind for es in examples_of(sizes, config) for e in es}
-    assert len(kinds) <= 15
-
-
 def test_labels_may_hold_no_class_until_the_last():
     def ignored(index):
         image, label = read(index)
         return image, np.full_like(label, 255)
 
     for source in (SOURCE._replace(read=ignored), SOURCE._replace(labelled=False)):
-        assert not holds_classes(source, threads=2)
+        assert not can_be_scored(source, threads=2)
     last = SOURCE._replace(read=lambda index: (read if index == 10 else ignored)(index))
-    assert holds_classes(last, threads=2)
+    assert can_be_scored(last, threads=2)
+
+
+def test_the_best_median_and_worst_images_are_shown_once():
+    each = np.array([0.5, np.nan, 0.9, 0.1, 0.7, 0.3, 0.2])
+    assert ranked(each, 1) == {'best': [2], 'median': [0], 'worst': [3]}
+    assert ranked(each) == {'best': [2, 4], 'median': [0, 5], 'worst': [3, 6]}
+    assert ranked(each[:3]) == {'each': [2, 0]}
+
+
+def test_predictions_are_called_after_their_images():
+    files = [('gs://b/val/x/1.jpg', ''), ('gs://b/val/y/1.jpg', '')]
+    assert prediction_names(Source(2, str, read, files)) == ['x/1', 'y/1']
+    with pytest.raises(UserError, match='two images are called 1'):
+        prediction_names(Source(2, str, read, [('a/1.jpg', ''), ('a/1.png', '')]))
+
+
+@pytest.mark.parametrize(
+    ('classes', 'stored', 'mode'),
+    [
+        ('ade20k', [1, 14, 19], 'L'),
+        ('cityscapes', [7, 26, 33], 'L'),
+        ('voc2012', [0, 13, 18], 'P'),
+    ],
+)
+def test_predictions_are_stored_as_the_servers_take_them(classes, stored, mode, tmp_path):
+    config = config_of('whole', **{'data.classes': classes})
+    ids = np.array([[0, 13, 18]], np.uint8)
+    write_prediction(0, ids, names=['a/b'], folder=tmp_path, config=config)
+    with Image.open(tmp_path / 'predictions' / 'val' / 'a' / 'b.png') as found:
+        assert found.mode == mode and np.asarray(found).tolist() == [stored]
+
+
+# ---- --mode eval
+
+
+def copy_of(trained, tmp_path):
+    shutil.copytree(trained.workdir / 'checkpoints', tmp_path / 'run' / 'checkpoints')
+    return ['--mode', 'eval', '--workdir', str(tmp_path / 'run')]
+
+
+def test_sliding_windows_by_the_command_line_leave_a_report(trained, tmp_path, capsys):
+    keys = {'eval.protocol': 'semseg', 'eval.scales': (1.0, 1.5), 'eval.base_size': 64}
+    words = [f'--config.{key}={value}' for key, value in keys.items()]
+    words = [*copy_of(trained, tmp_path), *words, '--config.eval.save_predictions=true']
+    assert main(words) == 0
+    folder = tmp_path / 'run' / 'eval' / '10-semseg'
+    text = (folder / 'metrics.json').read_text()
+    assert (folder.parent / 'metrics.json').read_text() == text
+    scores = json.loads(text)
+    assert (scores['protocol'], scores['scales'], scores['flip']) == ('semseg', [1.0, 1.5], True)
+    page = (folder / 'report.html').read_text()
+    assert f'{scores["mIoU"]:.2%}' in page and 'best' in page and 'semseg, scales 1, 1.5' in page
+    assert f'written to {folder}' in capsys.readouterr().out
+    # The predictions on file are those that were scored.
+    predictions = sorted((folder / 'predictions' / 'val').glob('*.png'))
+    network = predict.load(str(trained.workdir), 'latest', keys)
+    source = make_source(network.config.data, 'val')
+    assert len(predictions) == source.length == scores['images']
+    for number, path in enumerate(predictions):
+        expected = network(source.read(number)[0])
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), expected)
+
+
+@pytest.mark.parametrize('label', ['', '\tvoid.png'])
+def test_a_split_without_labels_gets_predictions_alone(label, trained, tmp_path):
+    """Whether it has no label files, or labels of 255 alone as Cityscapes's test set."""
+    Image.new('L', (57, 40), 255).save(tmp_path / 'void.png')
+    for i in range(2):
+        Image.fromarray(picture((40, 57), i)).save(tmp_path / f'unknown {i}.png')
+    lines = [f'unknown {i}.png{label}\n' for i in range(2)]
+    (tmp_path / 'test.txt').write_text(''.join(lines))
+    words = ['--config.eval.split=test', f'--config.data.root={tmp_path}']
+    assert main([*copy_of(trained, tmp_path), *words, '--config.data.test=test.txt']) == 0
+    folder = tmp_path / 'run' / 'eval'
+    found = sorted(path for path in folder.rglob('*') if path.is_file())
+    assert found == [folder / f'10-whole/predictions/test/unknown {i}.png' for i in range(2)]
+    network = predict.load(str(trained.workdir))
+    np.testing.assert_array_equal(np.asarray(Image.open(found[1])), network(picture((40, 57), 1)))

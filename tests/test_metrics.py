@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psp_jax.data.labels import label_space, server_ids
+from psp_jax.data.labels import label_space
 from psp_jax.metrics import confusion_matrix, extra_scores, scores
 
 
@@ -67,11 +67,6 @@ def test_a_class_predicted_but_absent_from_the_labels_counts_as_zero():
     assert got['mIoU'] == got['mIoU_all']
 
 
-def test_counts_stay_exact_beyond_what_32_bits_hold():
-    matrix = np.full((2, 2), 2**33, np.int64)
-    assert scores(matrix, ('a', 'b'))['classes'][0]['pixels'] == 2**34
-
-
 def test_the_challenge_score_is_the_mean_of_miou_and_pixel_accuracy():
     matrix = np.zeros((150, 150), np.int64)
     matrix[0, 0], matrix[1, 0], matrix[2, 2] = 3, 1, 4
@@ -89,10 +84,3 @@ def test_categories_of_cityscapes_count_a_confusion_within_them_as_right():
     assert found['categories']['vehicle'] == pytest.approx(6 / 8)
     assert found['categories']['human'] == 0 and found['categories']['sky'] is None
     assert found['category_mIoU'] == pytest.approx((6 / 8 + 0) / 2)
-
-
-def test_ids_are_stored_as_the_servers_take_them():
-    ids = np.array([[0, 13, 18]], np.uint8)
-    assert server_ids(ids, label_space('ade20k')).tolist() == [[1, 14, 19]]
-    assert server_ids(ids, label_space('cityscapes')).tolist() == [[7, 26, 33]]
-    assert server_ids(ids, label_space('voc2012')).tolist() == [[0, 13, 18]]

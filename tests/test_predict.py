@@ -1,7 +1,4 @@
-"""Label maps of pictures of all kinds, by the command line and by the API."""
-
-import json
-import shutil
+"""Label maps of images of all kinds, by the command line and by the API."""
 
 import numpy as np
 import pytest
@@ -9,9 +6,8 @@ from PIL import Image
 
 from psp_jax import predict
 from psp_jax.data.labels import label_space
-from psp_jax.data.sources import make_source
 from psp_jax.errors import UserError
-from psp_jax.main import main
+from psp_jax.predict import find_images
 
 
 def a_picture(height=40, width=57, seed=0):
@@ -54,7 +50,7 @@ def test_pictures_of_all_kinds(pictures, trained, tmp_path, python):
     run = python('-m', 'psp_jax.main', *words, '--images', pictures, '--output', output)
     assert run.returncode == 2
     error = run.stderr.strip().splitlines()[-1]
-    assert error.startswith('psp_jax: error: 1 of 10 pictures could not be read: ')
+    assert error.startswith('psp_jax: error: 1 of 10 images could not be read: ')
     assert str(pictures / 'broken.jpg') in error
     assert f'9 label maps and overlays written to {output}' in run.stdout
 
@@ -118,123 +114,33 @@ def test_large_images_are_seen_in_windows(trained):
             predict.load(str(trained.workdir), 'best', keys | {'eval.protocol': name})
             for name in (protocol, windows)
         )
-        found = predict.Predictor(large.config, large._variables, 50 * 50).probabilities(image)
-        np.testing.assert_allclose(found, expected.probabilities(image), atol=1e-6)
+        large.piece = 50 * 50
+        np.testing.assert_allclose(
+            large.probabilities(image), expected.probabilities(image), atol=1e-6
+        )
 
 
-@pytest.mark.parametrize(
-    ('images', 'message'),
-    [
-        ('{}/nothing', 'no picture, folder of pictures, or glob'),
-        ('{}/empty', 'no picture, folder of pictures, or glob'),
-        ('{}/twins', 'have the same name: predict them apart'),
-    ],
-)
-def test_images_that_cannot_be_found_are_one_line(images, message, trained, tmp_path, capsys):
-    (tmp_path / 'empty').mkdir()
-    (tmp_path / 'twins').mkdir()
-    for name in ('a.png', 'a.jpg'):
-        Image.fromarray(a_picture()).save(tmp_path / 'twins' / name)
-    words = [
-        '--mode',
-        'predict',
-        '--workdir',
-        str(trained.workdir),
-        '--output',
-        str(tmp_path / 'o'),
-    ]
-    assert main([*words, '--images', images.format(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count('\n') == 1 and not (tmp_path / 'o').exists()
-
-
-def test_pictures_are_never_replaced_by_their_label_maps(trained, tmp_path, capsys):
-    Image.fromarray(a_picture()).save(tmp_path / 'a.png')
-    before = (tmp_path / 'a.png').read_bytes()
-    words = ['--mode', 'predict', '--workdir', str(trained.workdir), '--images', str(tmp_path)]
-    assert main([*words, '--output', str(tmp_path)]) == 2
-    assert f'would replace {tmp_path / "a.png"}' in capsys.readouterr().err
-    assert (tmp_path / 'a.png').read_bytes() == before
-    (tmp_path / 'out').mkdir()
-    Image.fromarray(a_picture()).save(tmp_path / 'out' / 'a.png')
-    assert list(predict.find_images(str(tmp_path), str(tmp_path / 'out')).values()) == ['a']
-
-
-def test_an_output_that_cannot_be_written_is_one_line(trained, tmp_path, capsys):
-    Image.fromarray(a_picture()).save(tmp_path / 'a.png')
-    (tmp_path / 'file').write_text('')
-    words = ['--mode', 'predict', '--workdir', str(trained.workdir)]
-    words += ['--images', str(tmp_path / 'a.png'), '--output', str(tmp_path / 'file')]
-    assert main(words) == 2
-    error = capsys.readouterr().err
-    assert 'cannot be written' in error and error.count('\n') == 1
-
-
-def test_a_glob_keeps_folders_below_the_common_one(tmp_path):
+def test_images_are_found_in_a_folder_or_by_a_glob(tmp_path):
     for name in ('a/x.png', 'b/x.png', 'b/y.jpg'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.fromarray(a_picture()).save(tmp_path / name)
-    found = predict.find_images(f'{tmp_path}/*/*')
-    assert sorted(found.values()) == ['a/x', 'b/x', 'b/y']
-    assert list(predict.find_images(f'{tmp_path}/b/y.jpg').values()) == ['y']
+        (tmp_path / name).touch()
+    assert sorted(find_images(f'{tmp_path}/*/*').values()) == ['a/x', 'b/x', 'b/y']
+    assert list(find_images(f'{tmp_path}/b/y.jpg').values()) == ['y']
+    # What lies in the folder of results is left out.
+    assert list(find_images(str(tmp_path), f'{tmp_path}/a').values()) == ['b/x', 'b/y']
+    (tmp_path / 'b' / 'x.jpg').touch()
+    with pytest.raises(UserError, match='have the same name: predict them apart'):
+        find_images(str(tmp_path))
+    (tmp_path / 'empty').mkdir()
+    for name in ('nothing', 'empty'):
+        with pytest.raises(UserError, match='no image, folder of images, or glob of some'):
+            find_images(str(tmp_path / name))
 
 
-# ---- Splits by --mode eval
-
-
-def copy_of(trained, tmp_path):
-    shutil.copytree(trained.workdir / 'checkpoints', tmp_path / 'run' / 'checkpoints')
-    return ['--mode', 'eval', '--workdir', str(tmp_path / 'run')]
-
-
-def test_sliding_windows_by_the_command_line_leave_a_report(trained, tmp_path, capsys):
-    words = ['--config.eval.protocol=semseg', '--config.eval.scales=(1, 1.5)']
-    words += ['--config.eval.base_size=64', '--config.eval.save_predictions=true']
-    assert main([*copy_of(trained, tmp_path), *words]) == 0
-    folder = tmp_path / 'run' / 'eval' / '10-semseg'
-    scores = json.loads((folder / 'metrics.json').read_text())
-    assert (scores['protocol'], scores['scales'], scores['flip']) == ('semseg', [1.0, 1.5], True)
-    assert (tmp_path / 'run' / 'eval' / 'metrics.json').read_text() == (
-        folder / 'metrics.json'
-    ).read_text()
-    page = (folder / 'report.html').read_text()
-    assert f'{scores["mIoU"]:.2%}' in page and 'best' in page and 'semseg, scales 1, 1.5' in page
-    # The predictions on file are those that were scored.
-    predictions = sorted((folder / 'predictions' / 'val').glob('*.png'))
-    network = predict.load(
-        str(trained.workdir),
-        'latest',
-        {'eval.protocol': 'semseg', 'eval.scales': (1.0, 1.5), 'eval.base_size': 64},
-    )
-    source = make_source(network.config.data, 'val')
-    assert len(predictions) == source.length == scores['images']
-    for number, path in enumerate(predictions):
-        with Image.open(path) as picture:
-            found = np.asarray(picture)
-        np.testing.assert_array_equal(found, network(source.read(number)[0]))
-    assert 'written to' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize('form', ['list', 'dirs', 'labels of 255'])
-def test_a_split_without_labels_gets_predictions_alone(form, trained, tmp_path, capsys):
-    for i in range(2):
-        path = tmp_path / 'images' / f'unknown {i}.png'
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(a_picture(seed=i)).save(path)
-    (tmp_path / 'test.txt').write_text('images/unknown 0.png\nimages/unknown 1.png\n')
-    words = ['--config.eval.split=test', f'--config.data.root={tmp_path}']
-    if form == 'labels of 255':  # as those of Cityscapes's test set
-        Image.new('L', (57, 40), 255).save(tmp_path / 'void.png')
-        lines = [f'images/unknown {i}.png\tvoid.png\n' for i in range(2)]
-        (tmp_path / 'test.txt').write_text(''.join(lines))
-    words += [f'--config.data.source={"dirs" if form == "dirs" else "list"}']
-    words += ['--config.data.test=images' if form == 'dirs' else '--config.data.test=test.txt']
-    assert main([*copy_of(trained, tmp_path), *words]) == 0
-    written = [p.relative_to(tmp_path / 'run' / 'eval') for p in tmp_path.rglob('run/eval/**/*.*')]
-    assert sorted(map(str, written)) == [
-        f'10-whole/predictions/test/unknown {i}.png' for i in range(2)
-    ]
-    with Image.open(tmp_path / 'run/eval/10-whole/predictions/test/unknown 1.png') as picture:
-        ids = np.asarray(picture)
-    network = predict.load(str(trained.workdir))
-    np.testing.assert_array_equal(ids, network(a_picture(seed=1)))
+def test_results_replace_no_image_and_need_a_folder(tmp_path):
+    for name in ('a.png', 'file'):
+        (tmp_path / name).touch()
+    names = {str(tmp_path / 'a.png'): 'a'}
+    for output, message in ((tmp_path, 'would replace'), (tmp_path / 'file', 'cannot be written')):
+        with pytest.raises(UserError, match=message):
+            predict.predict_images(None, names, str(output), False)

@@ -1,9 +1,9 @@
-"""The network on padded images: images of many sizes share one program.
+"""The network on padded images, so that images of many sizes share one program.
 
 Each image lies at the top left of its array. BatchNorm and biases make the padding non-zero; it is
-set back to zero before each module that looks beyond its own cell, so that every image gets the
-logits that it would get alone. Nothing of this is in the network itself: flax lets us look at
-each module's input on the way.
+set back to zero before each module that looks beyond its own cell. So every image gets the logits
+that it would get alone. The network itself knows nothing of this: flax's `intercept_methods`
+changes the inputs of its modules.
 """
 
 from collections.abc import Callable
@@ -23,8 +23,8 @@ def apply_to_padded(
 
     sizes: int32 [B, 2], the true (height, width) of each. The logits of an image's own
     ceil(height/8) x ceil(width/8) cells do not depend on H and W; the others mean nothing.
-    Modules with a `reach` see zeros in the padding; those that declare `takes_cells`, such as the
-    pyramid, get the true number of cells as the keyword `cells`.
+    Modules with a `reach` see zeros in the padding. Modules with `takes_cells`, such as the
+    pyramid, get the true (height, width) of each map as the keyword `cells`, int32 [B, 2].
     """
     padded = images.shape[1], images.shape[2]
 

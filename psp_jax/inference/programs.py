@@ -1,277 +1,315 @@
-"""Class probabilities of images of any size, by any protocol, from a few compiled programs.
+"""The compiled programs that turn blocks of images into class probabilities.
 
-Each device works on an image of its own. One program runs the network on windows of one shape; one
-for each scale adds their scores on a canvas of fixed shape; one resizes the canvases to a tile of
-the image's own pixels. What differs from image to image, true sizes and places, is data.
+Each device works on images of its own. `network` runs the network on inputs of one shape. If
+windows slide, `add_window` adds their scores on canvases of fixed shape. `tile_program` resizes
+canvases to a tile of the image's own pixels. Sizes and places differ from image to image: they are
+data, so that few programs serve all images.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-from ml_collections import ConfigDict
 
 from psp_jax.data.labels import label_space
+from psp_jax.inference.blocks import Block
 from psp_jax.inference.masks import apply_to_padded
-from psp_jax.inference.protocols import (
-    AVERAGES_PROBABILITIES,
-    MIRRORS,
-    SLIDING,
-    Block,
-    flips,
-    needs_sizes,
-)
-from psp_jax.mesh import put_batch, split_batch
-from psp_jax.model import pspnet
+from psp_jax.inference.protocols import Protocol, flips, needs_sizes, protocol_of
+from psp_jax.mesh import put_batch, replicated, split_batch
 from psp_jax.model.geometry import STRIDE, Size
+from psp_jax.model.pspnet import normalise
 from psp_jax.model.resample import apply_taps, resize
+from psp_jax.state import Setup
 
-TILE = (128, 1024)  # pixels of an image whose probabilities a device computes at a time
 Variables = Any
+Canvases = tuple[jax.Array, ...]  # for each view: scores [blocks, height, width, classes]
+TapsOnDevice = tuple[jax.Array, jax.Array]  # cells int32 and weight, both [..., points, taps]
 
 
-class Tile(NamedTuple):
-    """A tile of each block of a batch: its place there, and the taps that lead to it."""
-
-    place: Size
-    # (cells, weight), each [B, TILE, taps], for each view; from the canvases' rows and columns
-    rows: tuple[tuple[jax.Array, jax.Array], ...]
-    columns: tuple[tuple[jax.Array, jax.Array], ...]
+# ---- Pure functions, each of one device
 
 
-class Programs(NamedTuple):
-    """The compiled side of a protocol; see `make_programs`."""
+def logits_of(
+    variables: Variables, images: jax.Array, sizes: jax.Array, *, run: Setup
+) -> jax.Array:
+    """Logits [B, ceil(H/8), ceil(W/8), classes] of images [B, H, W, 3] of 0..255.
 
-    fields: Callable[[Variables, Sequence[Block]], tuple[jax.Array, ...]]
-    on_tile: Callable[..., Any]
-    mesh: Mesh
-    release: Callable[[], None]  # frees what `fields` keeps on the devices
-    batch: int  # blocks that `fields` takes at a time
-    # The program with the network, and its arguments (behind the variables) as shapes: of an input
-    # size, and of images that have so many windows. For those who compile it without running it.
-    network: jax.stages.Wrapped
-    arguments: Callable[[Size, int], tuple[jax.ShapeDtypeStruct, ...]]
-
-
-def make_programs(config: ConfigDict, model: pspnet.PSPNet, mesh: Mesh) -> Programs:
-    """The programs of `config.eval` on the devices of `mesh`.
-
-    `fields(variables, blocks)` gives the scores of at most `batch` blocks of one kind: for each
-    view [batch, canvas height, canvas width, classes]. They live until the next call.
-    `on_tile(fn)` compiles fn(probabilities [rows, columns, classes], *arrays) -> tree as a program
-    (fields, tile, *arrays [B, ...]) -> tree [B, ...] for `tiles`.
+    sizes: int32 [B, 2], the true size of each; used if the protocol pads the network's input.
     """
-    protocol, mirrored = config.eval.protocol, flips(config)
-    devices = mesh.size
-    classes = len(label_space(config.data.classes).names)
-    slides = protocol in SLIDING
-    per_device = -(-config.eval.batch_size // devices)  # windows, or whole images
+    images = normalise(images, run.config)
+    if needs_sizes(run.config):
+        return apply_to_padded(run.model, variables, images, sizes)
+    return run.model.apply(variables, images, False)[0]
+
+
+def window_scores(
+    variables: Variables, windows: jax.Array, sizes: jax.Array, *, run: Setup
+) -> jax.Array:
+    """The protocol's scores [1, K, H, W, classes] of windows [1, K, H, W, 3] of 0..255.
+
+    sizes: int32 [1, K, 2], the true size of each.
+    """
+    windows, sizes = windows[0], sizes[0]
+    shape = windows.shape[1], windows.shape[2]
+    mirrored = flips(run.config) and protocol_of(run.config).mirrors_windows
+    if mirrored:
+        windows = jnp.concatenate([windows, windows[:, :, ::-1]])
+    all_sizes = jnp.concatenate([sizes, sizes]) if mirrored else sizes
+    logits = logits_of(variables, windows, all_sizes, run=run)
+    pairs = logits.reshape(2 if mirrored else 1, -1, *logits.shape[1:]).swapaxes(0, 1)
+    if mirrored:
+        pairs = pairs.at[:, 1].set(pairs[:, 1, :, ::-1])
+    # One at a time: the logits of all windows at full resolution would take much memory.
+    scores = lax.map(lambda window: scores_of_window(*window, shape=shape, run=run), (pairs, sizes))
+    return scores[None]
+
+
+def scores_of_window(logits: jax.Array, size: jax.Array, *, shape: Size, run: Setup) -> jax.Array:
+    """The protocol's scores [*shape, classes] of a window.
+
+    logits: [1 or 2, H/8, W/8, classes], of the window and its mirror image; size: int32 [2].
+    """
+    cells = {}
+    if needs_sizes(run.config):
+        size = jnp.broadcast_to(size, (len(logits), 2))
+        cells = {'cells': size, 'old_cells': -(-size // STRIDE)}
+    resized = resize(logits, shape, run.config.model.align_corners, **cells)
+    return protocol_of(run.config).window_scores(resized)
+
+
+def add_window(
+    canvas: jax.Array, scores: jax.Array, slot: jax.Array, place: jax.Array, first: jax.Array
+) -> jax.Array:
+    """Adds the scores [1, K, h, w, C] of window `slot` to a canvas [1, H, W, C].
+
+    place: int32 [1, 2], the window's top left cell; first: bool, clears the canvas before.
+    """
+    canvas = lax.cond(first, jnp.zeros_like, lambda x: x, canvas[0])
+    window = scores[0, slot]
+    start = (place[0, 0], place[0, 1], jnp.zeros((), place.dtype))
+    old = lax.dynamic_slice(canvas, start, window.shape)
+    return lax.dynamic_update_slice(canvas, old + window, start)[None]
+
+
+def probabilities_of(
+    canvases: Canvases,
+    rows: tuple[TapsOnDevice, ...],
+    columns: tuple[TapsOnDevice, ...],
+    protocol: Protocol,
+) -> jax.Array:
+    """The mean over views of one block's probabilities in a tile: [rows, columns, classes].
+
+    For each view: a canvas [h, w, classes], and the taps that resize it to the tile.
+    """
+    total = jnp.zeros(())
+    for view in zip(canvases, rows, columns, strict=True):
+        resized = apply_taps(*view)
+        total += resized if protocol.averages_probabilities else jax.nn.softmax(resized)
+    return total / len(canvases)
+
+
+def results_of_tile(
+    canvases: Canvases, rows: Any, columns: Any, arrays: Any, *, on_tile: Any, protocol: Protocol
+) -> Any:
+    """on_tile(probabilities, *arrays) of a tile of each block, one block at a time."""
+
+    def one(block: Any) -> Any:
+        canvases, rows, columns, arrays = block
+        return on_tile(probabilities_of(canvases, rows, columns, protocol), *arrays)
+
+    return lax.map(one, (canvases, rows, columns, arrays))
+
+
+# ---- Compiled for the devices of a mesh
+
+
+def by_device(
+    function: Callable[..., Any], mesh: Mesh, shared: Sequence[bool], **options: Any
+) -> jax.stages.Wrapped:
+    """jit of `function`, run by each device on its own rows of the arguments.
+
+    shared: for each argument, whether every device gets it whole.
+    """
     split, everywhere = PartitionSpec('data'), PartitionSpec()
+    specs = tuple(everywhere if whole else split for whole in shared)
+    each = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
+    return jax.jit(each, **options)
 
-    def sharded(fn: Callable[..., Any], *whole: bool, **keys: Any) -> jax.stages.Wrapped:
-        """jit of `fn`, run by each device on its own rows; arguments marked whole are shared."""
-        specs = tuple(everywhere if w else split for w in whole)
-        return jax.jit(
-            jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False), **keys
-        )
 
-    def network(variables: Variables, windows: jax.Array, sizes: jax.Array) -> jax.Array:
-        images = pspnet.normalise(windows, config)
-        if needs_sizes(config):
-            return apply_to_padded(model, variables, images, sizes)
-        return model.apply(variables, images, False)[0]
+def tile_program(on_tile: Callable[..., Any], protocol: Protocol, mesh: Mesh) -> jax.stages.Wrapped:
+    """The program (canvases, rows, columns, arrays) -> tree [blocks, ...] of a batch's tile.
 
-    def window_scores(variables: Variables, windows: jax.Array, sizes: jax.Array) -> jax.Array:
-        """[1, K, h, w, 3] -> [1, K, h, w, classes]: probabilities, or logits in mmseg_slide."""
-        windows, sizes = windows[0], sizes[0]
-        shape = windows.shape[1], windows.shape[2]
-        both = mirrored and protocol in MIRRORS
-        if both:
-            windows = jnp.concatenate([windows, windows[:, :, ::-1]])
-        logits = network(variables, windows, jnp.concatenate([sizes, sizes]) if both else sizes)
-        pairs = logits.reshape(2 if both else 1, -1, *logits.shape[1:]).swapaxes(0, 1)
-        if both:
-            pairs = pairs.at[:, 1].set(pairs[:, 1, :, ::-1])
+    on_tile: (probabilities [rows, columns, classes], *arrays of the block) -> tree.
+    """
+    one = partial(results_of_tile, on_tile=on_tile, protocol=protocol)
+    return by_device(one, mesh, (False,) * 4)
 
-        def one(args: tuple[jax.Array, jax.Array]) -> jax.Array:
-            logits, size = args
-            cells = {}
-            if needs_sizes(config):
-                size = jnp.broadcast_to(size, (len(logits), 2))
-                cells = {'cells': size, 'old_cells': -(-size // STRIDE)}
-            scores = resize(logits, shape, config.model.align_corners, **cells)
-            if protocol == 'caffe':  # the softmax of the sum
-                return jax.nn.softmax(scores.sum(0))
-            return jax.nn.softmax(scores).mean(0) if protocol == 'semseg' else scores[0]
 
-        return lax.map(one, (pairs, sizes))[None]
+def on_local_devices(tree: Any, mesh: Mesh) -> Any:
+    """A tree of arrays, whole on each device of a process's own mesh, not copied if it is there."""
 
-    def add(
-        canvas: jax.Array, scores: jax.Array, slot: jax.Array, place: jax.Array, first: jax.Array
-    ) -> jax.Array:
-        """Adds the scores of window `slot` to a canvas [1, H, W, C], which `first` clears."""
-        canvas = lax.cond(first, jnp.zeros_like, lambda x: x, canvas[0])
-        window = scores[0, slot]
-        start = (place[0, 0], place[0, 1], jnp.zeros((), place.dtype))
-        old = lax.dynamic_slice(canvas, start, window.shape)
-        return lax.dynamic_update_slice(canvas, old + window, start)[None]
+    def place(x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        there = {shard.device: shard.data for shard in x.addressable_shards}
+        each = [
+            there[device] if device in there else jax.device_put(x.addressable_data(0), device)
+            for device in mesh.devices.flat
+        ]
+        return jax.make_array_from_single_device_arrays(x.shape, replicated(mesh), each)
 
-    def windows_of_call(windows: int) -> int:
-        """Few windows do not fill a call; powers of two, for few programs."""
-        return min(per_device, 1 << (windows - 1).bit_length())
+    return jax.tree.map(place, tree)
 
-    def arguments(shape: Size, windows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        lead = (devices, windows_of_call(windows)) if slides else (per_device * devices,)
-        images = (*lead, *shape, 3), jnp.float32 if slides else jnp.uint8
-        sizes = (*lead, 2), jnp.int32
-        place = split_batch(mesh)
-        return tuple(jax.ShapeDtypeStruct(*made, sharding=place) for made in (images, sizes))
 
-    whole_scores = sharded(network, True, False, False)
-    sliding_scores = sharded(window_scores, True, False, False)
-    add_window = sharded(add, False, False, True, False, True, donate_argnums=0)
-    kept: dict[tuple[int, ...], jax.Array] = {}  # canvases, used again for the next image
+@dataclass(frozen=True)
+class WholeImages:
+    """The programs of a protocol that shows the network images in one piece.
 
-    def whole_fields(variables: Variables, blocks: Sequence[Block]) -> tuple[jax.Array, ...]:
-        fields = []
+    Canvases hold the network's own logits.
+    """
+
+    run: Setup
+    mesh: Mesh
+
+    @property
+    def batch(self) -> int:
+        """Blocks that `canvases` takes at a time: eval.batch_size, rounded up to the devices."""
+        return -(-self.run.config.eval.batch_size // self.mesh.size) * self.mesh.size
+
+    @cached_property
+    def network(self) -> jax.stages.Wrapped:
+        """(variables, images, sizes) -> logits."""
+        return by_device(partial(logits_of, run=self.run), self.mesh, (True, False, False))
+
+    def input_shapes(self, size: Size, windows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The images and sizes that `network` gets for inputs of a size."""
+        return images_and_sizes((self.batch,), size, jnp.uint8, self.mesh)
+
+    def canvases(self, variables: Variables, blocks: Sequence[Block]) -> Canvases:
+        """The scores of at most `batch` blocks of one kind."""
+        found = []
         for parts in zip(*(block.parts for block in blocks), strict=True):
-            images = np.zeros((batch, *parts[0].shape, 3), parts[0].picture.dtype)
-            sizes = np.full((batch, 2), 8, np.int32)
-            for i, part in enumerate(parts):
-                sizes[i] = height, width = part.window
-                images[i, :height, :width] = part.picture
-            fields.append(whole_scores(variables, *put_batch((images, sizes), mesh)))
-        return tuple(fields)
+            images = np.zeros((self.batch, *parts[0].view.input, 3), parts[0].image.dtype)
+            sizes = np.full((self.batch, 2), STRIDE, np.int32)
+            for i, (image, view) in enumerate(parts):
+                sizes[i] = height, width = view.window
+                images[i, :height, :width] = image
+            found.append(self.network(variables, *put_batch((images, sizes), self.mesh)))
+        return tuple(found)
 
-    def sliding_fields(variables: Variables, blocks: Sequence[Block]) -> tuple[jax.Array, ...]:
-        parts = blocks[0].parts
-        slots = [(v, i) for v, part in enumerate(parts) for i in range(len(part.sources))]
-        exact = jnp.promote_types(config.dtype, jnp.float32)
-        canvases: list[jax.Array] = []
-        for v, part in enumerate(parts):
-            shape = (devices, *part.canvas, classes)
-            found = kept.pop((v, *shape), None)
-            canvases.append(put_batch(np.zeros(shape, exact), mesh) if found is None else found)
-        kept.clear()
-        count = windows_of_call(len(slots))
+    def release(self) -> None:
+        """Does nothing: no canvas is kept."""
+
+
+@dataclass(frozen=True)
+class SlidingWindows:
+    """The programs of a protocol whose windows slide over an image; each device has its own."""
+
+    run: Setup
+    mesh: Mesh
+    # The canvases of the last call, by (number of the view, height, width).
+    kept: dict[tuple[int, ...], jax.Array] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        """Blocks that `canvases` takes at a time: one a device."""
+        return self.mesh.size
+
+    @cached_property
+    def network(self) -> jax.stages.Wrapped:
+        """(variables, windows, sizes) -> scores of the windows."""
+        return by_device(partial(window_scores, run=self.run), self.mesh, (True, False, False))
+
+    @cached_property
+    def add_window(self) -> jax.stages.Wrapped:
+        shared = (False, False, True, False, True)
+        return by_device(add_window, self.mesh, shared, donate_argnums=0)
+
+    def windows_per_call(self, windows: int) -> int:
+        """How many windows `network` takes from a block at a time; the block has `windows`.
+
+        A power of two if there are few, for few programs.
+        """
+        most = -(-self.run.config.eval.batch_size // self.mesh.size)
+        return min(most, 1 << (windows - 1).bit_length())
+
+    def input_shapes(self, size: Size, windows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The windows and sizes that `network` gets for inputs of a size, `windows` a block."""
+        lead = self.mesh.size, self.windows_per_call(windows)
+        return images_and_sizes(lead, size, jnp.float32, self.mesh)
+
+    def canvases(self, variables: Variables, blocks: Sequence[Block]) -> Canvases:
+        """The scores of at most `batch` blocks of one kind. The next call overwrites them."""
+        views = [part.view for part in blocks[0].parts]
+        canvases = []
+        for v, view in enumerate(views):
+            old = self.kept.pop((v, *view.canvas), None)
+            canvases.append(self._new_canvas(view.canvas) if old is None else old)
+        self.kept.clear()
+        slots = [(v, i) for v, view in enumerate(views) for i in range(len(view.sources))]
+        count = self.windows_per_call(len(slots))
         for begin in range(0, len(slots), count):
             chunk = slots[begin : begin + count]
-            windows = np.zeros((devices, count, *parts[0].shape, 3), np.float32)
-            sizes = np.full((devices, count, 2), 8, np.int32)
-            places = np.zeros((count, devices, 2), np.int32)
-            for device, block in enumerate(blocks):
-                for k, (v, i) in enumerate(chunk):
-                    part = block.parts[v]
-                    (y, x), (height, width) = part.sources[i], part.window
-                    windows[device, k, :height, :width] = part.picture[
-                        y : y + height, x : x + width
-                    ]
-                    sizes[device, k] = part.window
-                    places[k, device] = part.targets[i]
-            scores = sliding_scores(variables, *put_batch((windows, sizes), mesh))
+            windows, sizes, places = cut_windows(blocks, chunk, count, self.mesh.size)
+            scores = self.network(variables, *put_batch((windows, sizes), self.mesh))
             for k, (v, i) in enumerate(chunk):
-                canvases[v] = add_window(
-                    canvases[v], scores, np.int32(k), put_batch(places[k], mesh), np.bool_(i == 0)
-                )
-        kept.update({(v, *canvas.shape): canvas for v, canvas in enumerate(canvases)})
+                place, first = put_batch(places[k], self.mesh), np.bool_(i == 0)
+                canvases[v] = self.add_window(canvases[v], scores, np.int32(k), place, first)
+        self.kept.update({(v, *view.canvas): canvases[v] for v, view in enumerate(views)})
         return tuple(canvases)
 
-    def probabilities(fields: Any, rows: Any, columns: Any) -> jax.Array:
-        """One block's: for each view [h, w, C] -> [*TILE, C], the mean over views."""
-        total = jnp.zeros(())
-        for view in zip(fields, rows, columns, strict=True):
-            resized = apply_taps(*view)
-            averaged = protocol in AVERAGES_PROBABILITIES
-            total += resized if averaged else jax.nn.softmax(resized)
-        return total / len(fields)
+    def release(self) -> None:
+        """Frees the canvases of the last call."""
+        self.kept.clear()
 
-    def on_tile(fn: Callable[..., Any]) -> Callable[..., Any]:
-        def on_device(fields, tile, arrays):
-            def one(args):
-                fields, rows, columns, arrays = args
-                return fn(probabilities(fields, rows, columns), *arrays)
-
-            return lax.map(one, (fields, *tile, arrays))
-
-        run = sharded(on_device, False, False, False)
-        return lambda fields, tile, *arrays: run(fields, (tile.rows, tile.columns), arrays)
-
-    batch = devices if slides else per_device * devices
-    fields = sliding_fields if slides else whole_fields
-    scores = sliding_scores if slides else whole_scores
-    return Programs(fields, on_tile, mesh, kept.clear, batch, scores, arguments)
+    def _new_canvas(self, size: Size) -> jax.Array:
+        config = self.run.config
+        classes = len(label_space(config.data.classes).names)
+        dtype = jnp.promote_types(config.dtype, jnp.float32)
+        return put_batch(np.zeros((self.mesh.size, *size, classes), dtype), self.mesh)
 
 
-def tiles(blocks: Sequence[Block], programs: Programs) -> Iterator[Tile]:
-    """The tiles that cover the blocks of a batch, with their taps on the devices."""
-    largest = np.max([block.size for block in blocks], 0)
-    exact = jnp.result_type(float)  # float64 where that is enabled
-
-    def taps(axis: int, start: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
-        stacked = []
-        for parts in zip(*(block.parts for block in blocks), strict=True):
-            own = [(part.rows, part.columns)[axis] for part in parts]
-            # Powers of two, since the number of taps is a shape.
-            count = 1 << (max(t.cells.shape[1] for t in own) - 1).bit_length()
-            cells = np.zeros((programs.batch, TILE[axis], count), np.int32)
-            weight = np.zeros((programs.batch, TILE[axis], count), exact)
-            for array, values in (
-                (cells, [t.cells for t in own]),
-                (weight, [t.weight for t in own]),
-            ):
-                for i, value in enumerate(values):
-                    cut = value[start : start + TILE[axis]]
-                    array[i, : len(cut), : cut.shape[1]] = cut
-            stacked.append(put_batch((cells, weight), programs.mesh))
-        return tuple(stacked)
-
-    for left in range(0, largest[1], TILE[1]):
-        columns = taps(1, left)
-        for top in range(0, largest[0], TILE[0]):
-            yield Tile((top, left), taps(0, top), columns)
+Programs = WholeImages | SlidingWindows
 
 
-def overlap(block: Block, place: Size) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Where a tile at `place` of a block shares pixels with the image: in the tile, in the image.
+def make_programs(run: Setup, mesh: Mesh) -> Programs:
+    """The programs of run.config.eval.protocol on the devices of a process's own mesh."""
+    return (SlidingWindows if protocol_of(run.config).slides else WholeImages)(run, mesh)
 
-    Both are empty where the tile lies beyond the block.
+
+def cut_windows(
+    blocks: Sequence[Block], chunk: Sequence[tuple[int, int]], count: int, devices: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Windows of at most `devices` blocks of one kind, each its own.
+
+    chunk: at most `count` pairs (view, number of a window in it).
+    Returns windows float32 [devices, count, H, W, 3], sizes int32 [devices, count, 2] and places
+    on the canvas int32 [count, devices, 2].
     """
-    inside, outside = [], []
-    for axis in (0, 1):
-        length = max(min(block.size[axis] - place[axis], TILE[axis]), 0)
-        start = block.place[axis] + place[axis]
-        inside.append(slice(0, length))
-        outside.append(slice(start, start + length))
-    return (inside[0], inside[1]), (outside[0], outside[1])
+    windows = np.zeros((devices, count, *blocks[0].parts[0].view.input, 3), np.float32)
+    sizes = np.full((devices, count, 2), STRIDE, np.int32)
+    places = np.zeros((count, devices, 2), np.int32)
+    for device, block in enumerate(blocks):
+        for k, (v, i) in enumerate(chunk):
+            image, view = block.parts[v]
+            (y, x), (height, width) = view.sources[i], view.window
+            windows[device, k, :height, :width] = image[y : y + height, x : x + width]
+            sizes[device, k] = view.window
+            places[k, device] = view.targets[i]
+    return windows, sizes, places
 
 
-class Example(NamedTuple):
-    """One block of an image, with what is needed of the image itself."""
-
-    number: int  # of the image in its source
-    image: np.ndarray  # uint8 [H, W, 3], as it was read
-    label: Any  # uint8 [H, W]; None where nothing is scored
-    block: Block
-    blocks: int  # that the image has
-
-
-def make_batches(examples: Iterable[list[Example]], size: int) -> Iterator[list[Example]]:
-    """Groups blocks of one kind, at most `size` at a time, each exactly once.
-
-    At most 4 * `size` wait for others of their kind.
-    """
-    waiting: dict[Any, list[Example]] = {}
-    for example in chain.from_iterable(examples):
-        if sum(map(len, waiting.values())) >= 4 * size:
-            yield waiting.pop(max(waiting, key=lambda kind: len(waiting[kind])))
-        kind = example.block.kind
-        group = waiting.setdefault(kind, [])
-        group.append(example)
-        if len(group) == size:
-            yield waiting.pop(kind)
-    yield from waiting.values()
+def images_and_sizes(
+    lead: tuple[int, ...], size: Size, dtype: Any, mesh: Mesh
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Images [*lead, *size, 3] and their sizes int32 [*lead, 2], split over the devices."""
+    sharding = split_batch(mesh)
+    return (
+        jax.ShapeDtypeStruct((*lead, *size, 3), dtype, sharding=sharding),
+        jax.ShapeDtypeStruct((*lead, 2), jnp.int32, sharding=sharding),
+    )

@@ -1,161 +1,116 @@
-"""How an evaluation protocol shows an image to the network, and maps what comes out to its pixels.
+"""The evaluation protocols that `eval.protocol` can name, as a table of fields.
 
     semseg       windows of the training crop over the image at each scale, mirrored too (the
-                 authors' PyTorch test: the one of most published numbers)
+                 authors' PyTorch test; most published numbers are by it)
     caffe        the same as the authors' first code did it in MATLAB
-    mmseg        the image in one piece, by its short side
+    mmseg        the image in one piece, resized by its short side
     mmseg_slide  windows as mmsegmentation slides them
-    whole        the image in one piece, by its long side: quick, for training
+    whole        the image in one piece, resized by its long side: quick, for training
 
-All of it is numpy, and separable: for each axis a sparse matrix resizes, divides by the number of
-windows over a pixel and cuts padding away in one product. Sizes are (height, width).
+A further protocol is one more entry, such as dataclasses.replace(PROTOCOLS['semseg'], ...).
+Sizes are (height, width) in pixels.
 """
 
 import math
-from itertools import product
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import cv2
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from psp_jax.model.geometry import STRIDE, Size, cells, crop_size
+from psp_jax.model.geometry import STRIDE, Size
 from psp_jax.model.resample import Taps, resize_taps
 
-PROTOCOLS = ('whole', 'semseg', 'caffe', 'mmseg', 'mmseg_slide')
-SLIDING = ('semseg', 'caffe', 'mmseg_slide')
-AVERAGES_PROBABILITIES = ('semseg', 'caffe')  # of windows; the others average logits
-MIRRORS = ('semseg', 'caffe')  # by themselves, in each window; the others with eval.flip=true
 MMSEG_LONG_SIDE = 2048  # pixels; mmsegmentation's Resize(scale=(2048, ...)) of its data sets
-CANVAS_BYTES = 3 * 2**30  # of float32 scores that a device holds at a time, for one image
 
 
-class Axis(NamedTuple):
-    """One axis of a view: where windows lie, and how their scores become those of the pixels."""
-
-    starts: tuple[int, ...]  # of the windows, in the padded picture and on the canvas
-    taps: Taps  # from cells of the canvas, one row a pixel of the image
+# ---- The size that an image is resized to, from its own size. eval.base_size=0 is its own size.
 
 
-class View(NamedTuple):
-    """An image at one scale as the network sees it, in one piece or in windows."""
+def aligned_by_long_side(size: Size, scale: float, config: ConfigDict) -> Size:
+    """The long side becomes about base_size * scale.
 
-    size: Size  # that the image is resized to
-    lead: Size  # padding above and to the left of it
-    padded: Size
-    window: Size  # true size of each window
-    mirror: bool  # the picture is the image's mirror image
-    rows: Axis
-    columns: Axis
-
-
-def flips(config: ConfigDict) -> bool:
-    """Whether mirror images are averaged in."""
-    if config.eval.flip == 'auto':
-        return config.eval.protocol in MIRRORS
-    return config.eval.flip == 'true'
+    Both sides are 8n + 1, or 8n without aligned corners: the network's stride meets both edges.
+    """
+    extra = 1 if config.model.align_corners else 0
+    base = config.eval.base_size
+    factor = scale * base / max(size) if base else scale
+    steps = [max(round((side * factor - extra) / STRIDE), 1) for side in size]
+    return steps[0] * STRIDE + extra, steps[1] * STRIDE + extra
 
 
-def views(size: Size, config: ConfigDict) -> list[View]:
-    """The views of an image of this size: each scale, and its mirror image where views have one."""
-    in_views = flips(config) and config.eval.protocol not in MIRRORS
-    return [
-        view(size, scale, mirror, config)
-        for scale in config.eval.scales
-        for mirror in ((False, True) if in_views else (False,))
-    ]
+def by_long_side(size: Size, scale: float, config: ConfigDict) -> Size:
+    """The long side becomes base_size * scale."""
+    long = max(round((config.eval.base_size or max(size)) * scale), 1)
+    return _scaled(size, long / max(size), round)
 
 
-def view(size: Size, scale: float, mirror: bool, config: ConfigDict) -> View:
-    """One view; its taps are of the whole image (`_cut` makes parts of them)."""
-    protocol, align_corners = config.eval.protocol, config.model.align_corners
-    seen = seen_size(size, scale, config)
-    if protocol not in SLIDING:
-        rows, columns = (
-            Axis((0,), full_taps(cells(seen[i]), seen[i], size[i], align_corners)) for i in (0, 1)
-        )
-        lead, padded, window = (0, 0), seen, seen
-    else:
-        crop = crop_size(config)
-        # mmsegmentation's windows become smaller on small images, the authors' are padded.
-        least = (0, 0) if protocol == 'mmseg_slide' else crop
-        padded = max(seen[0], least[0]), max(seen[1], least[1])
-        window = min(crop[0], padded[0]), min(crop[1], padded[1])
-        lead = (0, 0)  # the others pad behind only
-        if protocol == 'semseg':
-            lead = (padded[0] - seen[0]) // 2, (padded[1] - seen[1]) // 2
-        rows, columns = (
-            sliding_axis(size[i], seen[i], lead[i], padded[i], window[i], crop[i], config)
-            for i in (0, 1)
-        )
-    if mirror:
-        columns = Axis(columns.starts, Taps(*(x[::-1] for x in columns.taps)))
-    return View(seen, lead, padded, window, mirror, rows, columns)
+def by_long_side_in_matlab(size: Size, scale: float, config: ConfigDict) -> Size:
+    """The long side becomes base_size * scale + 1."""
+    long = round((config.eval.base_size or max(size)) * scale) + 1
+    return _scaled(size, long / max(size), _round_half_up)
 
 
-def sliding_axis(
-    pixels: int, seen: int, lead: int, padded: int, window: int, crop: int, config: ConfigDict
-) -> Axis:
-    """Windows of ceil(2/3 crop) apart over an axis, the last one shifted back to its end."""
-    stride = math.ceil(crop * 2 / 3)
-    count = max(math.ceil((padded - window) / stride), 0) + 1
-    starts = tuple(min(i * stride, padded - window) for i in range(count))
-    covering = np.zeros(padded)
-    for start in starts:
-        covering[start : start + window] += 1
-    if config.eval.protocol == 'caffe':
-        cells, weight = matlab_taps(seen, pixels)
-    else:
-        corners = config.model.align_corners and config.eval.protocol == 'mmseg_slide'
-        # OpenCV's; semseg's, whatever its network does.
-        cells, weight = resize_taps(seen, pixels, corners)
-    return Axis(starts, Taps(cells + lead, weight / covering[cells + lead]))
+def by_short_side(size: Size, scale: float, config: ConfigDict) -> Size:
+    """The short side becomes base_size * scale, unless the long side is above its maximum then."""
+    base = config.eval.base_size
+    factor = min(mmseg_long_side(base) / max(size), base / min(size)) if base else 1.0
+    return _scaled(size, factor, lambda side: _round_half_up(side * scale))
+
+
+def base_side(base: int) -> int:
+    """The long side of every image at scale 1, if images are resized by it."""
+    return base
 
 
 def mmseg_long_side(base: int) -> int:
-    """The most pixels that mmsegmentation's protocols leave the long side of an image."""
-    return max(MMSEG_LONG_SIDE, 2 * base - 1)  # that of its base 1025 is 2049
+    """The maximum of the long side at scale 1 in mmsegmentation's protocols."""
+    return max(MMSEG_LONG_SIDE, 2 * base - 1)  # its base size of 1025 has 2049
 
 
-def seen_size(size: Size, scale: float, config: ConfigDict) -> Size:
-    """The size that the image is resized to. `eval.base_size=0` stands for the image's own."""
-    height, width = size
-    base, protocol = config.eval.base_size, config.eval.protocol
-    if protocol == 'whole':
-        # The nearest size that the stride meets at both edges: 8n + 1, or 8n.
-        extra = 1 if config.model.align_corners else 0
-        factor = scale * base / max(size) if base else scale
-        seen = tuple(
-            max(round((side * factor - extra) / STRIDE), 1) * STRIDE + extra for side in size
-        )
-        return seen[0], seen[1]
-    if protocol in ('mmseg', 'mmseg_slide'):
-        factor = min(mmseg_long_side(base) / max(size), base / min(size)) if base else 1.0
-        return max(int(height * factor * scale + 0.5), 1), max(int(width * factor * scale + 0.5), 1)
-    base = base or max(size)
-    if protocol == 'caffe':
-        long, to_int = round(base * scale) + 1, lambda x: math.floor(x + 0.5)  # MATLAB's round
-    else:
-        long, to_int = max(round(base * scale), 1), round
-    if height > width:
-        return long, max(to_int(long / height * width), 1)
-    return max(to_int(long / width * height), 1), long
+def _scaled(size: Size, factor: float, to_int: Callable[[float], int]) -> Size:
+    return max(to_int(size[0] * factor), 1), max(to_int(size[1] * factor), 1)
 
 
-def full_taps(features: int, seen: int, size: int, align_corners: bool) -> Taps:
-    """Logits of `features` cells -> the `seen` pixels of the network's input -> `size` pixels of
-    the label, one axis of it. The references also resize in two steps.
-    """
-    up, last = resize_taps(features, seen, align_corners), resize_taps(seen, size, align_corners)
-    weight = last.weight[..., None] * up.weight[last.cells]
-    return Taps(up.cells[last.cells].reshape(size, -1), weight.reshape(size, -1))
+def _round_half_up(x: float) -> int:
+    return math.floor(x + 0.5)
 
 
-def matlab_taps(size: int, new_size: int) -> Taps:
+# ---- Interpolation
+
+
+def by_opencv(image: np.ndarray, size: Size) -> np.ndarray:
+    """Resizes [H, W, 3] in its own dtype: bilinear, without antialiasing."""
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def by_opencv_in_float(image: np.ndarray, size: Size) -> np.ndarray:
+    """`by_opencv` of float32, so that values are not rounded."""
+    return by_opencv(image.astype(np.float32), size)
+
+
+def by_matlab(image: np.ndarray, size: Size) -> np.ndarray:
+    """MATLAB's imresize(..., 'bilinear') of uint8 [H, W, 3]: whole numbers as float32."""
+    resized: np.ndarray = image
+    for axis in (0, 1):
+        taps = matlab_taps(resized.shape[axis], size[axis])
+        resized = _resize_axis(resized, taps, axis)
+    # Halves are rounded up, whatever rounding errors did to them.
+    return np.floor(np.clip(resized, 0, 255) + 0.5 + 1e-9).astype(np.float32)
+
+
+def opencv_taps(size: int, new_size: int, align_corners: bool = False) -> Taps:
+    """OpenCV's bilinear interpolation, whatever the network's align_corners is."""
+    return resize_taps(size, new_size, False)
+
+
+def matlab_taps(size: int, new_size: int, align_corners: bool = False) -> Taps:
     """MATLAB's imresize(..., 'bilinear') of an axis; weights sum to 1.
 
-    Where it shrinks, the triangle is as wide as a new pixel (antialiasing); beyond the edges the
-    axis is mirrored.
+    If it shrinks, the triangle is as wide as a new pixel (antialiasing). The axis is mirrored
+    beyond its edges.
     """
     factor = new_size / size
     narrow = min(factor, 1.0)
@@ -168,157 +123,116 @@ def matlab_taps(size: int, new_size: int) -> Taps:
     return Taps(index, weight / weight.sum(1, keepdims=True))
 
 
-def resample(x: np.ndarray, taps: Taps, axis: int) -> np.ndarray:
+def _resize_axis(x: np.ndarray, taps: Taps, axis: int) -> np.ndarray:
     """Maps an axis of [H, W, C]: float64."""
     shape = (-1, 1, 1) if axis == 0 else (1, -1, 1)
     columns = zip(taps.cells.T, taps.weight.T, strict=True)
     return sum(np.take(x, cells, axis) * weight.reshape(shape) for cells, weight in columns)
 
 
-def picture(image: np.ndarray, view: View, config: ConfigDict) -> np.ndarray:
-    """The resized and padded image [H, W, 3]: uint8, or float32 in semseg's and caffe's way."""
-    height, width = view.size
-    protocol = config.eval.protocol
-    if protocol == 'caffe':
-        resized = image
-        for axis in (0, 1):
-            resized = resample(resized, matlab_taps(image.shape[axis], view.size[axis]), axis)
-        # imresize gives uint8 as it gets uint8; halves are to round up whatever the last bit says.
-        resized = np.floor(np.clip(resized, 0, 255) + 0.5 + 1e-9).astype(np.float32)
-    else:
-        # Bilinear without antialiasing; semseg reads images as float32.
-        resized = image.astype(np.float32) if protocol == 'semseg' else image
-        resized = cv2.resize(resized, (width, height), interpolation=cv2.INTER_LINEAR)
-    if view.mirror:
-        resized = resized[:, ::-1]
-    if view.padded == view.size:
-        return resized
-    top, left = view.lead
-    padded = np.empty((*view.padded, 3), np.float32)
-    padded[:] = config.data.mean
-    padded[top : top + height, left : left + width] = resized
-    return padded
+# ---- Scores of a window, from the logits [1, h, w, classes] of it, or [2, h, w, classes] if its
+# mirror image was seen, too: [h, w, classes]
 
 
-# ---- What a device works on
+def mean_logits(logits: jax.Array) -> jax.Array:
+    return logits.mean(0)
 
 
-class Part(NamedTuple):
-    """What one view gives to a block of the image."""
-
-    picture: np.ndarray  # [H, W, 3]
-    sources: tuple[Size, ...]  # where windows are cut from it
-    targets: tuple[Size, ...]  # where their scores go on the canvas
-    window: Size  # true size of a window
-    shape: Size  # of the network's input that holds it
-    canvas: Size  # [H, W] of the scores
-    rows: Taps  # from the canvas to the block's pixels
-    columns: Taps
+def mean_probabilities(logits: jax.Array) -> jax.Array:
+    return jax.nn.softmax(logits).mean(0)
 
 
-class Block(NamedTuple):
-    """A part of an image whose scores are computed at a time; nearly always the whole image."""
+def probabilities_of_summed_logits(logits: jax.Array) -> jax.Array:
+    return jax.nn.softmax(logits.sum(0))
 
-    protocol: str
-    place: Size  # its top left pixel in the image
-    size: Size
-    parts: tuple[Part, ...]  # one a view
+
+# ---- The table
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How an image is shown to the network, and how scores become probabilities of its pixels."""
+
+    # (image's size, scale, config) -> the size that it is resized to.
+    seen_size: Callable[[Size, float, ConfigDict], Size]
+    # eval.base_size -> the most pixels that the long side of an image has at scale 1.
+    longest_side: Callable[[int], int] = base_side
+    # Whether seen sizes are such that the network needs no padding at eval.multiple=8.
+    stride_aligned: bool = False
+    # (uint8 [H, W, 3], size) -> the resized image, uint8 or float32.
+    resize_image: Callable[[np.ndarray, Size], np.ndarray] = by_opencv
+    # (pixels seen, pixels of the image, model.align_corners) -> how an axis of scores is resized.
+    score_taps: Callable[[int, int, bool], Taps] = resize_taps
+
+    # Windows of the training crop slide over the image by this share of their side; 0: the network
+    # sees the image in one piece.
+    window_step: float = 0.0
+    # An image smaller than a window is padded with the mean colour, this share of the padding
+    # above and on the left; None: it is not padded, its windows are smaller.
+    padding_before: float | None = None
+    # Whether eval.flip=auto means true, and a mirror image is seen of each window; else
+    # eval.flip=true shows the network the mirror image of each scale.
+    mirrors_windows: bool = False
+    # The scores that are averaged over windows, as explained above.
+    window_scores: Callable[[jax.Array], jax.Array] = mean_logits
+    # Whether those are probabilities; else the softmax is taken at the image's own pixels.
+    averages_probabilities: bool = False
+
+    # The protocol by which `predict` treats images too large to be seen in one piece.
+    for_large_images: str = ''
 
     @property
-    def kind(self) -> tuple[Any, ...]:
-        """Blocks of the same kind go through the same programs, in the same number of calls."""
-        parts = ((part.canvas, part.shape, len(part.sources)) for part in self.parts)
-        return self.protocol, *parts
+    def slides(self) -> bool:
+        return self.window_step > 0
 
 
-def blocks(image: np.ndarray, config: ConfigDict, classes: int) -> list[Block]:
-    """All views of an image uint8 [H, W, 3], in as many blocks as the devices' memory asks for."""
-    size = image.shape[0], image.shape[1]
-    seen = views(size, config)
-    pictures = [picture(image, view, config) for view in seen]
-    canvases = [canvas_size(view, config) for view in seen]
-    counts = [1, 1]  # of blocks over the height and the width
-    cells = CANVAS_BYTES // (4 * classes)
-    while config.eval.protocol in SLIDING and sum(h * w for h, w in canvases) > cells:
-        longest = 0 if size[0] / counts[0] >= size[1] / counts[1] else 1
-        if size[longest] // counts[longest] < 64:
-            break
-        counts[longest] += 1
-        canvases = [_canvas_of_blocks(view, size, counts, crop_size(config)) for view in seen]
-    found = []
-    for (top, bottom), (left, right) in product(*map(_spans, size, counts)):
-        parts = []
-        for view, picture_, canvas in zip(seen, pictures, canvases, strict=True):
-            rows, tops = _cut(view.rows, top, bottom, view.window[0], canvas[0])
-            columns, lefts = _cut(view.columns, left, right, view.window[1], canvas[1])
-            sources = tuple(product(tops, lefts))
-            targets = tuple((y - tops[0], x - lefts[0]) for y, x in sources)
-            shape = window_shape(view, config)
-            parts.append(
-                Part(picture_, sources, targets, view.window, shape, canvas, rows, columns)
-            )
-        extent = bottom - top, right - left
-        found.append(Block(config.eval.protocol, (top, left), extent, tuple(parts)))
-    return found
+PROTOCOLS: dict[str, Protocol] = {
+    'whole': Protocol(
+        seen_size=aligned_by_long_side, stride_aligned=True, for_large_images='semseg'
+    ),
+    'semseg': Protocol(
+        seen_size=by_long_side,
+        resize_image=by_opencv_in_float,
+        score_taps=opencv_taps,
+        window_step=2 / 3,
+        padding_before=0.5,
+        mirrors_windows=True,
+        window_scores=mean_probabilities,
+        averages_probabilities=True,
+    ),
+    'caffe': Protocol(
+        seen_size=by_long_side_in_matlab,
+        resize_image=by_matlab,
+        score_taps=matlab_taps,
+        window_step=2 / 3,
+        padding_before=0.0,
+        mirrors_windows=True,
+        window_scores=probabilities_of_summed_logits,
+        averages_probabilities=True,
+    ),
+    'mmseg': Protocol(
+        seen_size=by_short_side, longest_side=mmseg_long_side, for_large_images='mmseg_slide'
+    ),
+    'mmseg_slide': Protocol(
+        seen_size=by_short_side, longest_side=mmseg_long_side, window_step=2 / 3
+    ),
+}
 
 
-def _spans(size: int, count: int) -> list[tuple[int, int]]:
-    edges = [i * size // count for i in range(count + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+def protocol_of(config: ConfigDict) -> Protocol:
+    return PROTOCOLS[config.eval.protocol]
 
 
-def _windows(axis: Axis, start: int, stop: int, window: int) -> tuple[int, ...]:
-    """The windows that have a part in pixels start..stop-1."""
-    cells, weight = (x[start:stop] for x in axis.taps)
-    used = cells[weight > 0]
-    return tuple(s for s in axis.starts if s <= used.max() and s + window > used.min())
-
-
-def _cut(
-    axis: Axis, start: int, stop: int, window: int, canvas: int
-) -> tuple[Taps, tuple[int, ...]]:
-    """The taps of pixels start..stop-1 from a canvas that begins at their first window."""
-    starts = _windows(axis, start, stop, window)
-    cells, weight = (x[start:stop] for x in axis.taps)
-    return Taps(np.clip(cells - starts[0], 0, canvas - 1), weight), starts
-
-
-def _canvas_of_blocks(view: View, size: Size, counts: list[int], crop: Size) -> Size:
-    sides = []
-    for axis, pixels, count, window, whole in zip(
-        (view.rows, view.columns), size, counts, view.window, crop, strict=True
-    ):
-        extents = [whole]
-        for start, stop in _spans(pixels, count):
-            starts = _windows(axis, start, stop, window)
-            extents.append(starts[-1] - starts[0] + window)
-        sides.append(-(-max(extents) // 256) * 256)
-    return sides[0], sides[1]
-
-
-def canvas_size(view: View, config: ConfigDict) -> Size:
-    """The shape that the scores of a view lie on: few for many sizes of images."""
-    if config.eval.protocol not in SLIDING:
-        height, width = window_shape(view, config)
-        return cells(height), cells(width)
-    crop = crop_size(config)
-    height, width = max(view.padded[0], crop[0]), max(view.padded[1], crop[1])
-    if config.eval.protocol == 'mmseg_slide' or not config.eval.base_size:
-        return -(-height // 256) * 256, -(-width // 256) * 256  # no side is that of all images
-    return max(height, width), max(height, width)
-
-
-def window_shape(view: View, config: ConfigDict) -> Size:
-    """The shape of the network's input that holds a window."""
-    if config.eval.protocol in SLIDING:
-        return crop_size(config)
-    multiple, extra = config.eval.multiple, 1 if config.model.align_corners else 0
-    height, width = (-(-(side - extra) // multiple) * multiple + extra for side in view.window)
-    return height, width
+def flips(config: ConfigDict) -> bool:
+    """Whether mirror images are averaged in."""
+    if config.eval.flip == 'auto':
+        return protocol_of(config).mirrors_windows
+    return config.eval.flip == 'true'
 
 
 def needs_sizes(config: ConfigDict) -> bool:
-    """Whether windows may be smaller than the network's input."""
-    return config.eval.protocol in ('mmseg', 'mmseg_slide') or (
-        config.eval.protocol == 'whole' and config.eval.multiple > 8
-    )
+    """Whether windows may be smaller than the network's input, which then needs their sizes."""
+    protocol = protocol_of(config)
+    if protocol.slides:
+        return protocol.padding_before is None
+    return not (protocol.stride_aligned and config.eval.multiple == STRIDE)

@@ -1,8 +1,8 @@
 """Pooling and bilinear interpolation of feature maps as constant matrices.
 
-Both are linear and separable, so each is one small matrix an axis: exact at every size, made of
-matrix products (what accelerators are best at), and differentiable by construction. Max pooling
-is not linear and takes its windows one by one.
+Both are linear and separable: one small matrix for each axis. They are exact at every size, and
+matrix products are what accelerators do best. Max pooling is not linear: it takes its windows one
+by one.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def zero_filler(x: jax.Array, cells: jax.Array) -> jax.Array:
-    """[B, H, W, C] with zeros beyond the first `cells` int32[B, 2] (height, width) of each map."""
+    """[B, H, W, C] with zeros beyond the first `cells` of each map: int32[B, 2] (height, width)."""
     rows, columns = (jnp.arange(x.shape[axis]) < cells[:, axis - 1, None] for axis in (1, 2))
     return jnp.where(rows[:, :, None, None] & columns[:, None, :, None], x, 0)
 
@@ -23,7 +23,7 @@ def window_bounds(size: int, bins: int) -> list[tuple[int, int]]:
     """First and one-past-last cell of each of `bins` windows over an axis of `size` cells.
 
     Bin i covers cells floor(i * size / bins) to ceil((i + 1) * size / bins), as adaptive pooling
-    does, so neighbouring windows may share a cell where `size` is no multiple of `bins`.
+    does, so neighbouring windows may share a cell if `size` is no multiple of `bins`.
     """
     return [(i * size // bins, -(-(i + 1) * size // bins)) for i in range(bins)]
 
@@ -37,18 +37,19 @@ def pooling_matrix(size: int, bins: int) -> np.ndarray:
 
 
 class Taps(NamedTuple):
-    """A sparse matrix [n, size] with a few values a row: where they stand, and what they are."""
+    """A sparse matrix [n, size] with a few values in each row."""
 
-    cells: np.ndarray  # int32 [n, taps]
-    weight: np.ndarray  # float64 [n, taps]
+    cells: np.ndarray  # int32 [n, taps], the columns that the values are in
+    weight: np.ndarray  # float64 [n, taps], the values
 
 
 def resize_taps(size: int, new_size: int, align_corners: bool) -> Taps:
     """Interpolates an axis of `size` cells at `new_size` points, from the two nearest cells.
 
-    Linear interpolation, no antialiasing. With `align_corners` the first and last cells coincide
-    (point i lies at i * (size - 1) / (new_size - 1)); without, the axes' outer edges do (point i
-    lies at (i + 0.5) * size / new_size - 0.5, clamped to the first cell). Weights sum to 1.
+    Linear interpolation without antialiasing; weights sum to 1. With `align_corners` the first and
+    the last cells of both axes coincide: point i lies at i * (size - 1) / (new_size - 1). Without
+    it the outer edges coincide: point i lies at (i + 0.5) * size / new_size - 0.5, but not before
+    the first cell.
     """
     points = np.arange(new_size)
     if align_corners:
@@ -70,7 +71,7 @@ def resize_matrix(size: int, new_size: int, align_corners: bool) -> np.ndarray:
 
 
 def cells_pooling_matrix(cells: jax.Array, size: int, bins: int) -> jax.Array:
-    """`pooling_matrix` of the first `cells` int32[B] of `size` cells: float32[B, bins, size]."""
+    """`pooling_matrix` of each map's first `cells` int32[B]: float32[B, bins, size]."""
     bin_, cell = jnp.arange(bins)[:, None], jnp.arange(size)
     cells = cells[:, None, None]
     start, stop = bin_ * cells // bins, -(-(bin_ + 1) * cells // bins)
@@ -87,7 +88,7 @@ def cells_resize_matrix(
 ) -> jax.Array:
     """`resize_matrix` from the first `old_cells` int32[B] to the first `cells` int32[B].
 
-    float32[B, new_size, size]; what stands in the rows of the other points means nothing.
+    float32[B, new_size, size]; the rows of the other points mean nothing.
     """
     point, cells = jnp.arange(new_size, dtype=_exact()), cells[:, None]
     old_cells = old_cells[:, None]
@@ -100,7 +101,7 @@ def cells_resize_matrix(
 
 
 def _exact() -> Any:
-    return jnp.result_type(float)  # float64 where that is enabled
+    return jnp.result_type(float)  # float64 if that is enabled
 
 
 def apply_matrices(
@@ -108,8 +109,8 @@ def apply_matrices(
 ) -> jax.Array:
     """Maps height by `rows` [newH, H] and width by `columns` [newW, W]: [B, newH, newW, C].
 
-    Matrices may be each map's own: [B, newH, H]. Computed in float32 or better: weights such as
-    1/60 are not to be rounded to bfloat16.
+    Each map may have its own matrices: [B, newH, H]. Computed in float32 or better, since weights
+    such as 1/60 would lose digits in bfloat16.
     """
     exact = jnp.promote_types(x_BHWC.dtype, jnp.float32)
     highest = jax.lax.Precision.HIGHEST
@@ -125,8 +126,8 @@ def apply_taps(
 ) -> jax.Array:
     """Maps height by taps `rows`, (cells, weight) [H, taps], and width by `columns`: [H, W, C].
 
-    As matrices, which is what TPUs are good at; CPUs and GPUs gather the few cells that count,
-    ten times faster on a CPU.
+    TPUs multiply by matrices. CPUs and GPUs gather the few cells of each point, which is ten times
+    faster on a CPU.
     """
 
     def gathered(x: jax.Array, *taps: jax.Array) -> jax.Array:
@@ -160,8 +161,8 @@ def resize(
 ) -> jax.Array:
     """Bilinear interpolation to `size` = (height, width), without antialiasing.
 
-    With `cells` int32[B, 2] each map is resized to so many, at the top left of `size`; with
-    `old_cells` int32[B, 2] it is its first so many cells that are.
+    cells: int32[B, 2]; if given, each map is resized to so many cells at the top left of `size`.
+    old_cells: int32[B, 2]; if given, only so many cells at the top left of each map are resized.
     """
     old = x_BHWC.shape[1:3]
     if cells is None:
@@ -209,8 +210,8 @@ def max_pool(x_BHWC: jax.Array, bins: int, cells: jax.Array | None = None) -> ja
 def largest(x: jax.Array, axis: int) -> jax.Array:
     """The maximum along an axis, with the gradient to the first cell that attains it.
 
-    `jnp.max` looks in its gradient for the cells equal to the maximum; where the compiler computes
-    the cells anew and rounds otherwise it finds none, and divides by zero.
+    The gradient of `jnp.max` looks for the cells equal to the maximum. If the compiler computes the
+    cells again with other rounding, it finds none and divides by zero.
     """
     index = jnp.argmax(x, axis, keepdims=True)
     chosen = jax.lax.broadcasted_iota(index.dtype, x.shape, axis) == index
