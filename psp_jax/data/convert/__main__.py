@@ -45,7 +45,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     add, path = parser.add_argument, os.path.expanduser
     add('format', choices=FORMATS, metavar='FORMAT', help=', '.join(FORMATS))
     add('input', type=path, metavar='INPUT', help='a folder, or a file; see above')
-    add('--output', type=path, metavar='DIR', required=True, help='an empty or a new folder')
+    add('--output', type=path, metavar='DIR', required=True, help='a folder that is new or empty')
     add(
         '--overwrite',
         action='store_true',
@@ -54,7 +54,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     add('--classes', default='', help="in the order of their ids: 'road,tree,car'; default: all")
     add('--ignore', default='', metavar='LABELS', help="labels that become 255: 'blurred,unsure'")
     add('--images', type=path, default='', metavar='DIR', help='where the images are')
-    add('--val', type=float, default=0, metavar='SHARE', help='of a single list, for val.txt')
+    add('--val', type=float, default=0, metavar='SHARE', help='of the images, for val.txt: 0.2')
     flags = parser.parse_args(list(argv))
     if not 0 <= flags.val < 1:
         raise UserError(f'--val={flags.val}: must be between 0 and 1, such as 0.2')
