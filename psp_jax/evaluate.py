@@ -297,10 +297,7 @@ def evaluate_checkpoint(
 
     If no label of the split holds a class, it writes the predictions alone.
     """
-    path, step = checkpoint.find(workdir, which)
-    # A run that goes on may save another one while the processes look.
-    step = int(multihost_utils.broadcast_one_to_all(np.asarray(step)))
-    config = config or checkpoint.config_of(path, step, overrides)
+    path, step, config = checkpoint.find_with_config(config, workdir, which, overrides)
     preemption.still_alive(config.hang_seconds)
     console.say('\n'.join(preemption.process_lines()))
     folder, where = folder_of(workdir, step, config), path / str(step)

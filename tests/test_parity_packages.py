@@ -1,4 +1,4 @@
-"""Weights and forward passes of torchvision, timm and mmsegmentation themselves."""
+"""The weights and outputs of torchvision, timm and mmsegmentation themselves."""
 
 import sys
 import types

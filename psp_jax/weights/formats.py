@@ -61,7 +61,6 @@ class Format:
     marks: tuple[str, ...]
     rename: Renaming = ()
     drop: tuple[str, ...] = ()  # patterns of arrays that this network has no use for
-    whole: bool = True  # False: the file is a classifier, of which the backbone is used
     # Keys of the configuration that shapes do not tell, with the values that they must have.
     needs: dict[str, Any] = field(default_factory=dict)
 
@@ -114,20 +113,17 @@ FORMATS = (
         marks=(r'conv1\.weight', r'conv3\.weight', r'layer4\.'),
         rename=_THREE_CONVS,
         drop=(r'fc\.',),
-        whole=False,
     ),
     Format(
         name='timm ResNet with a deep stem',
         marks=(r'conv1\.6\.', r'layer4\.'),
         rename=((r'conv1\.', 'layer0.'), (r'bn1\.', 'layer0.7.')),
         drop=(r'fc\.',),
-        whole=False,
     ),
     Format(
         name='torchvision or timm ResNet',
         marks=(r'conv1\.weight', r'layer4\.'),
         rename=((r'conv1\.', 'layer0.0.'), (r'bn1\.', 'layer0.1.')),
         drop=(r'fc\.',),
-        whole=False,
     ),
 )

@@ -132,8 +132,7 @@ def architecture(tensors: Arrays, format: Format, stated: dict[str, Any]) -> dic
     for name, layers in STEMS.items():
         if layers == stem:
             found['model.stem'] = name
-    if format.whole:
-        widths = {'model.head_width': 'cls.0.weight', 'model.aux_width': 'aux.0.weight'}
-        found |= {key: len(kernels[name]) for key, name in widths.items() if name in kernels}
-        found |= format.needs | stated
-    return found
+    for key, name in (('model.head_width', 'cls.0.weight'), ('model.aux_width', 'aux.0.weight')):
+        if name in kernels:
+            found[key] = len(kernels[name])
+    return found | format.needs | stated

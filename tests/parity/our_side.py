@@ -1,4 +1,4 @@
-"""The same computations as torch_side.py with psp_jax, its results under the same names."""
+"""The computations of torch_side.py with psp_jax; the results have the same names."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def config_of(network: Network, dtype: str, total_steps: int = 1) -> ConfigDict:
 
 
 def variables_of(config: ConfigDict, weights: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The weights as our tree; each is used, and each place is filled."""
+    """The weights as our tree. Each weight has a parameter, and each parameter a weight."""
     shapes = setup(config).variables
     names = {name: semseg_name(name) for name in named_leaves(shapes)}
     assert sorted(names.values()) == sorted(weights)
