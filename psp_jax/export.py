@@ -81,8 +81,7 @@ def export_program(
     file appears when it is complete. Raises UserError if an override is not legal or changes the
     network, there is no such checkpoint, or the path cannot be written.
     """
-    path, step = checkpoint.find(workdir, which)
-    config = config or checkpoint.config_of(path, step, overrides)
+    path, step, config = checkpoint.find_with_config(config, workdir, which, overrides)
     run = setup(config)
     variables = checkpoint.restore_variables(run, path, step)
     exported = program(run.model, config, jax.device_get(variables))

@@ -295,8 +295,7 @@ def predict_checkpoint(
 
     Once all others are done, raises UserError that names the images that could not be read.
     """
-    path, step = checkpoint.find(workdir, which)
-    config = config or checkpoint.config_of(path, step, overrides)
+    path, step, config = checkpoint.find_with_config(config, workdir, which, overrides)
     names = find_images(images, output)
     console.say(f'{path / str(step)} on {len(names)} images by protocol {config.eval.protocol}')
     run = setup(config)

@@ -26,8 +26,10 @@ from psp_jax.dry_run import text, topology
 from psp_jax.dry_run.costs import bytes_on_device, compile_program, count_flops, estimate
 from psp_jax.dry_run.topology import Machine
 from psp_jax.errors import PassingError, UserError
-from psp_jax.inference import protocols
+from psp_jax.inference.blocks import CANVAS_BYTES
 from psp_jax.inference.programs import make_programs
+from psp_jax.inference.protocols import protocol_of
+from psp_jax.inference.views import View, views
 from psp_jax.model.geometry import Size, crop_size
 from psp_jax.report import console
 from psp_jax.state import Setup, setup
@@ -187,8 +189,8 @@ def trace_network(
     run: Run, local: jax.sharding.Mesh, variables: Any, shape: Size, windows: int
 ) -> Call:
     """The network on inputs of a (height, width), for images that have so many windows."""
-    programs = make_programs(run.setup.config, run.setup.model, local)
-    inputs = programs.arguments(shape, windows)
+    programs = make_programs(run.setup, local)
+    inputs = programs.input_shapes(shape, windows)
     return Call(programs.network.trace(variables, *inputs), inputs)
 
 
@@ -203,9 +205,8 @@ def examine_evaluation(run: Run) -> dict[str, Any]:
     local = mesh.local_mesh(config.mesh.data, config.mesh.space, host)
     variables = mesh.on_devices(run.setup.variables, local)
     size, reason = image_size(config)
-    views = protocols.views(size, config)
-    shapes = [protocols.window_shape(view, config) for view in views]
-    windows = [len(view.rows.starts) * len(view.columns.starts) for view in views]
+    seen = views(size, config)
+    shapes, windows = [view.input for view in seen], [len(view.sources) for view in seen]
     calls = {s: trace_network(run, local, variables, s, sum(windows)) for s in set(shapes)}
     call = calls[max(calls, key=math.prod)]
     per_device = call.count // local.size
@@ -215,7 +216,7 @@ def examine_evaluation(run: Run) -> dict[str, Any]:
         'batch': bytes_on_device(call.inputs),
     }
     beside = {
-        'canvases': canvas_bytes(views, config, per_device),
+        'canvases': canvas_bytes(seen, config, per_device),
         # During training the optimizer's state stays on the device.
         'optimizer': bytes_on_device(mesh.on_devices(run.setup.shapes.opt_state, local)),
     }
@@ -223,7 +224,7 @@ def examine_evaluation(run: Run) -> dict[str, Any]:
     flops_of = {s: count_flops(c.traced.jaxpr.jaxpr) / c.count for s, c in calls.items()}
     flops = sum(n * flops_of[shape] for n, shape in zip(windows, shapes, strict=True))
     images = found['flops'] / flops  # whose work one call does
-    if config.eval.protocol in protocols.SLIDING:  # the last call of an image may be half empty
+    if protocol_of(config).slides:  # the last call of an image may be half empty
         images = local.size / -(-sum(windows) // per_device)
     each = found['flops'] / local.size  # of a device
     return {
@@ -245,17 +246,16 @@ def image_size(config: ConfigDict) -> tuple[Size, str]:
         return space.image_size, "the size of the data set's images"
     side = config.eval.base_size
     if side:
-        mmseg = config.eval.protocol in ('mmseg', 'mmseg_slide')
-        size = side, protocols.mmseg_long_side(side) if mmseg else side
+        size = side, protocol_of(config).longest_side(side)
         return size, 'the largest image that the protocol makes with eval.base_size'
     return crop_size(config), 'the training crop, since eval.base_size is 0'
 
 
-def canvas_bytes(views: list[protocols.View], config: ConfigDict, images: int) -> int:
+def canvas_bytes(seen: list[View], config: ConfigDict, images: int) -> int:
     """Bytes of the scores that wait on a device; images: of one call, on each device."""
     cell = count_classes(config) * jnp.promote_types(config.dtype, jnp.float32).itemsize
-    cells = [math.prod(protocols.canvas_size(view, config)) for view in views]
-    if config.eval.protocol in protocols.SLIDING:  # one image at a time
-        return min(cell * sum(cells), protocols.CANVAS_BYTES)
+    cells = [math.prod(view.canvas) for view in seen]
+    if protocol_of(config).slides:  # one image at a time
+        return min(cell * sum(cells), CANVAS_BYTES)
     # The scores of one view are the program's output; those of the others wait.
     return cell * (sum(cells) - max(cells)) * images
