@@ -16,11 +16,11 @@ from psp_jax.config_check import resolve
 from psp_jax.dry_run import examine
 from psp_jax.dry_run.topology import GIB, Machine
 from psp_jax.errors import UserError
-from psp_jax.inference import protocols
+from psp_jax.inference.blocks import blocks
 from psp_jax.inference.programs import make_programs
+from psp_jax.inference.views import views
 from psp_jax.mesh import local_mesh
-from psp_jax.model import pspnet
-from psp_jax.state import init_variables
+from psp_jax.state import new_state, setup
 
 SMALL = {
     'batch_size': 8,
@@ -37,10 +37,10 @@ HERE = Machine(jax.local_devices(), 4 * GIB)
 
 def test_parameters_are_counted_as_the_network_has_them():
     config = resolve(SMALL)
-    variables = jax.eval_shape(lambda: init_variables(pspnet.build(config), 0))
     run = examine.plan(config, HERE)
     found = examine.describe(run, 'small', None)
-    assert found['parameters'] == sum(x.size for x in jax.tree.leaves(variables['params']))
+    params = new_state(setup(config)).params
+    assert found['parameters'] == sum(x.size for x in jax.tree.leaves(params))
     assert found['network'] == 'resnet-18 with pyramid'
 
 
@@ -61,13 +61,13 @@ def test_the_network_is_examined_on_the_inputs_that_real_images_have(protocol):
         seen.append(images.shape)
         return jnp.zeros((len(images), *(-(-n // 8) for n in images.shape[1:3]), 10)), None
 
-    model, local = SimpleNamespace(apply=apply), local_mesh(1)
-    blocks = protocols.blocks(np.zeros((80, 130, 3), np.uint8), config, 10)
-    make_programs(config, model, local).fields({}, blocks)
+    made = SimpleNamespace(config=config, model=SimpleNamespace(apply=apply))
+    local, found = local_mesh(1), blocks(np.zeros((80, 130, 3), np.uint8), config)
+    make_programs(made, local).canvases({}, found)
     real = seen.copy()
-    (part,) = blocks[0].parts
-    run = SimpleNamespace(setup=SimpleNamespace(config=config, model=model))
-    call = examine.trace_network(run, local, {}, part.shape, len(part.sources))
+    ((_, view),) = found[0].parts
+    run = SimpleNamespace(setup=made)
+    call = examine.trace_network(run, local, {}, view.input, len(view.sources))
     assert seen == 2 * real
     assert call.count == 3
     if protocol == 'semseg':  # 2 x 3 windows, 3 a call, each with its mirror image
@@ -92,8 +92,7 @@ def test_no_image_has_a_larger_input_than_the_one_that_is_examined(protocol, hei
     config = resolve(SMALL | {'eval.protocol': protocol, 'eval.base_size': 512})
 
     def area(size):
-        views = protocols.views(size, config)
-        return max(math.prod(protocols.window_shape(view, config)) for view in views)
+        return max(math.prod(view.input) for view in views(size, config))
 
     assert area((height, round(height * ratio))) <= area(examine.image_size(config)[0])
 
