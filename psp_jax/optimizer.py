@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -50,11 +51,14 @@ def make_schedule(config: ConfigDict) -> optax.Schedule:
     steps that are left.
     """
     rate, warmup = config.optimizer.learning_rate, config.optimizer.warmup_steps
-    poly = optax.polynomial_schedule(rate, 0.0, config.optimizer.power, config.total_steps - warmup)
-    if not warmup:
-        return poly
-    linear = optax.linear_schedule(rate / warmup, rate, max(warmup - 1, 1))
-    return optax.join_schedules([linear, poly], [warmup])
+    schedule = optax.polynomial_schedule(
+        rate, 0.0, config.optimizer.power, config.total_steps - warmup
+    )
+    if warmup:
+        linear = optax.linear_schedule(rate / warmup, rate, max(warmup - 1, 1))
+        schedule = optax.join_schedules([linear, schedule], [warmup])
+    # optax divides an int32 count in float32, even if float64 is enabled.
+    return lambda count: schedule(jnp.asarray(count, float))
 
 
 def group_of(params: Any, optimizer: ConfigDict) -> Any:
