@@ -298,9 +298,10 @@ def test_rare_and_frequent_wrong_values_are_separate_faults(root, capsys):
         ((0, 255), '2', '{255: 1}', ''),
         ((0, 1, 255), '2', '', ''),
         ((7, 26), 'cityscapes', 'cityscapes_ids', ''),
+        ((0, 7, 13), 'cityscapes', 'cityscapes_ids', 'are they classes already'),
     ],
 )
-def test_maps_that_ignore_everything_are_faults(root, capsys, values, classes, label_map, said):
+def test_maps_that_cannot_be_meant_are_faults(root, capsys, values, classes, label_map, said):
     for i in range(8):
         label = np.resize(np.array(values, np.uint8), SHAPES['train'][i])
         Image.fromarray(label).save(root / f'labels/train/train {i}.png')

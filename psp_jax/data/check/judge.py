@@ -78,18 +78,21 @@ def likely_cause(labels: Counter[int], wrong: Sequence[int], total: int, data: C
 
 
 def judge_map(split: Split, data: ConfigDict) -> Iterator[Finding]:
-    """Yields a fault if nearly everything is ignored, which data.label_map cannot intend."""
+    """Yields a fault if data.label_map ignores everything, or cannot be meant for these labels."""
     ids, classes = class_ids(data), len(label_space(data.classes).names)
     stored = sorted(totals(split, range(257))[1])
     if not stored or split.name == 'test':  # labels of test may be secret, all 255
         return
     inner = [value for value in stored if value != IGNORE]
+    beyond = {v for v in range(classes, BEYOND) if ids[v] < classes}  # the map's own, of classes
     heading = ''
     if not data.label_map and classes > 1 and IGNORE in stored:
         if inner == [0] or not inner and classes == 2:
             heading = f'Only 0, and 255, which is ignored: is it a class? Set {_map_flag({255: 1})}'
     elif {ids[value] for value in stored} == {IGNORE}:
         heading = 'All pixels are ignored: correct data.label_map'
+    elif inner and len(beyond) > classes / 3 and not beyond.intersection(inner):
+        heading = f'No value beyond {classes - 1}: are they classes already? Set {_map_flag("")}'
     if heading:
         text = f'the labels store {ranges(stored)}'
         yield Finding(heading, split.name, -1, f'labels of {split.name}', text)
