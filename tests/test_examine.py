@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psp_jax.config_check import resolve
@@ -87,6 +87,7 @@ def test_the_size_of_the_image_in_evaluation(changes, size):
 
 
 @pytest.mark.parametrize('protocol', ['whole', 'mmseg', 'mmseg_slide'])
+@settings(deadline=None)  # the machine may be busy
 @given(height=st.integers(60, 1500), ratio=st.floats(0.25, 4))
 def test_no_image_has_a_larger_input_than_the_one_that_is_examined(protocol, height, ratio):
     config = resolve(SMALL | {'eval.protocol': protocol, 'eval.base_size': 512})
