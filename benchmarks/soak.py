@@ -39,7 +39,7 @@ CONFIG = (
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 MOMENTS = ('start-up', 'training', 'save', 'evaluation')
 CODES = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED, signal.SIGKILL: -signal.SIGKILL}
-PATIENCE = 600  # seconds for any wait, on a busy machine
+PATIENCE = 1800  # seconds for any wait, on a busy machine
 PEER_ENDS = 120  # seconds within which a process ends after another one was killed
 
 
@@ -107,6 +107,8 @@ class Start:
             if self.reached(moment, after):
                 return True
             time.sleep(0.005)
+        for process in self.processes:
+            process.kill()
         raise TimeoutError(f'{self.logs[0]}: {moment} did not come within {PATIENCE} s')
 
     def codes(self, seconds: float) -> list[int]:
