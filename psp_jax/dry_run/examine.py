@@ -1,7 +1,7 @@
 """`--mode dry_run`: does a configuration fit a machine, and how fast might it be?
 
 Training and evaluation are compiled from shapes, for the devices of this machine or for a machine
-that nobody has rented yet. No program runs, no array is made and no checkpoint is touched. The
+that is not there. No program runs, no array is made and no checkpoint is touched. The
 compiled programs are the ones that training and evaluation use themselves.
 """
 

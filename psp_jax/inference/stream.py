@@ -191,7 +191,7 @@ def taps_of_tile(
 
 
 def labels_of_tile(batch: Sequence[Example[J]], place: Size, rows: int) -> tuple[np.ndarray, ...]:
-    """The labels uint8 [rows, *TILE] of a tile of each block, 255 where there is no image.
+    """The labels uint8 [rows, *TILE] of a tile of each block, 255 outside the image.
 
     () if the images have no labels.
     """
