@@ -87,7 +87,7 @@ def test_the_size_of_the_image_in_evaluation(changes, size):
 
 
 @pytest.mark.parametrize('protocol', ['whole', 'mmseg', 'mmseg_slide'])
-@settings(deadline=None)  # the machine may be busy
+@settings(max_examples=25, deadline=None)  # the machine may be busy
 @given(height=st.integers(60, 1500), ratio=st.floats(0.25, 4))
 def test_no_image_has_a_larger_input_than_the_one_that_is_examined(protocol, height, ratio):
     config = resolve(SMALL | {'eval.protocol': protocol, 'eval.base_size': 512})
