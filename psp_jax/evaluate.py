@@ -210,14 +210,14 @@ def write_html(
     config: ConfigDict,
 ) -> None:
     """Writes FOLDER/report.html; panels: {'best': {number: image}, ...}."""
-    scores = result.scores
+    scores, model = result.scores, config.model
     flip = 'with mirror images' if scores['flip'] else 'without mirror images'
     sizes = f'base size {scores["base_size"] or "of each image"}'
-    devices = f'{jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process'
+    devices = f'{jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process(es)'
     scales = ', '.join(f'{scale:g}' for scale in scores['scales'])
     facts = {
         'checkpoint': checkpoint_path,
-        'network': f'PSPNet-{config.model.depth}, bins {config.model.bins}, {config.dtype}',
+        'network': f'{model.backbone}-{model.depth} with {model.context}, {config.dtype}',
         'protocol': f'{scores["protocol"]}, scales {scales}, {flip}, {sizes}',
         'data': f'{scores["images"]} images of {scores["split"]!r}, {config.data[scores["split"]]}',
         'time': f'{time.strftime("%Y-%m-%d %H:%M")}, {console.duration(scores["seconds"])}',
