@@ -213,7 +213,7 @@ def write_html(
     scores, model = result.scores, config.model
     flip = 'with mirror images' if scores['flip'] else 'without mirror images'
     sizes = f'base size {scores["base_size"] or "of each image"}'
-    devices = f'{jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process(es)'
+    devices = f'{jax.device_count()} {jax.devices()[0].device_kind}'
     scales = ', '.join(f'{scale:g}' for scale in scores['scales'])
     facts = {
         'checkpoint': checkpoint_path,
@@ -221,7 +221,7 @@ def write_html(
         'protocol': f'{scores["protocol"]}, scales {scales}, {flip}, {sizes}',
         'data': f'{scores["images"]} images of {scores["split"]!r}, {config.data[scores["split"]]}',
         'time': f'{time.strftime("%Y-%m-%d %H:%M")}, {console.duration(scores["seconds"])}',
-        'devices': devices,
+        'devices': f'{devices}, {jax.process_count()} process(es)',
         'versions': f'jax {jax.__version__}, numpy {np.__version__}',
     }
     shown = [
