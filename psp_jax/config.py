@@ -30,7 +30,9 @@ def default_config() -> ConfigDict:
         # Weights to start from: a file (.pth, .safetensors), hf://OWNER/NAME[/FILE], the workdir or
         # checkpoint of another run; two files with a comma; '' = random.
         init_from='',
-        init_skip='',  # parameters that start fresh all the same: patterns, comma-separated
+        # Modules that start fresh all the same: patterns of the beginning of their names,
+        # comma-separated, such as 'head/classifier'.
+        init_skip='',
         # Python modules, comma-separated, that are imported first and may add entries to the tables
         # of backbones, contexts, losses, optimizers, label spaces and protocols.
         custom_imports='',
