@@ -1,5 +1,6 @@
 """Evaluation one image and one window at a time, in numpy and OpenCV: the judge of ours."""
 
+import functools
 import math
 
 import cv2
@@ -34,8 +35,10 @@ def picture(size, seed=0):
     return cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC)
 
 
-def variables_of(run):
-    """Made-up weights by which several classes are predicted, with sensible statistics."""
+@functools.cache
+def variables_of(dtype):
+    """Made-up weights of the small network by which several classes are predicted."""
+    run = setup(config_of('whole', dtype=dtype))
     state = jit_for_one_call(lambda: new_state(run))()
     images = np.stack([picture((33, 33), seed) for seed in range(8)])
 
@@ -56,7 +59,7 @@ def variables_of(run):
 
 def setup_and_variables(protocol, **keys):
     run = setup(config_of(protocol, **keys))
-    return run, variables_of(run)
+    return run, variables_of(run.config.dtype)
 
 
 def softmax(x):
@@ -115,7 +118,7 @@ class Loop:
         self.mean, self.std = np.array(run.config.data.mean), np.array(run.config.data.std)
         self.crop = run.config.data.crop
         self.resize = aligned if run.config.model.align_corners else by_opencv
-        self.forward = jax.jit(lambda x: run.model.apply(variables, x, False)[0])
+        self.forward = jit_for_one_call(lambda x: run.model.apply(variables, x, False)[0])
 
     def probabilities(self, image):
         """uint8 [H, W, 3] -> float64 [H, W, classes], the mean over scales."""

@@ -62,7 +62,7 @@ def test_an_image_in_blocks_equals_the_image_at_once(monkeypatch):
 
 @pytest.mark.parametrize(
     ('protocol', 'expected'),
-    [('whole', (3, 41, 65, 3)), ('semseg', (1, 3, 33, 33, 3)), ('mmseg_slide', (1, 3, 33, 33, 3))],
+    [('whole', (3, 33, 57, 3)), ('semseg', (1, 3, 33, 33, 3)), ('mmseg_slide', (1, 3, 33, 33, 3))],
 )
 def test_shapes_for_a_dry_run_are_those_of_real_images(protocol, expected):
     run = setup(config_of(protocol, **{'eval.multiple': 8}))
