@@ -70,7 +70,7 @@ def default_config() -> ConfigDict:
     )
     config.model = _group(
         backbone='resnet',  # an entry of BACKBONES (model/backbones.py)
-        depth=50,  # ResNet: 18 | 34 | 50 | 101 | 152 | 269
+        depth=50,  # ResNet: 10 | 18 | 34 | 50 | 101 | 152 | 269
         stem='deep',  # deep (3x3: 64, 64, 128) | deep_small (3x3: 32, 32, 64) | conv7 (7x7: 64)
         # full: every block of stage 3 dilates 2 and of stage 4 dilates 4 (semseg);
         # contract: the first block of each half as much (mmsegmentation, torchvision);

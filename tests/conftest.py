@@ -16,7 +16,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 
-# PSPNet-18 with narrow heads. Whatever is compiled into the training step stays as it is in nearly
+# PSPNet-10 with narrow heads. Whatever is compiled into the training step stays as it is in nearly
 # all tests, so that they compile it once: see `programs`.
 SMALL_CONFIG = """\
 from psp_jax.config import default_config
@@ -34,7 +34,7 @@ def get_config(arg=''):
     config.data.val = 'val.txt'
     config.data.classes = '10'
     config.data.crop = 33
-    config.model.depth = 18
+    config.model.depth = 10
     config.model.stem = 'deep_small'
     config.model.head_width = 16
     config.model.aux_width = 8
@@ -116,11 +116,13 @@ def programs(shared: Path) -> dict[str, str]:
 def python(programs: dict[str, str]) -> Callable[..., subprocess.CompletedProcess]:
     """Runs `python WORD...` in the repository, in a process of its own that knows tests/ too."""
 
+    paths = [str(ROOT / 'tests'), *filter(None, [os.environ.get('PYTHONPATH')])]
+
     def run(*words: object) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, *map(str, words)],
             cwd=ROOT,
-            env=os.environ | programs | {'PYTHONPATH': str(ROOT / 'tests')},
+            env=os.environ | programs | {'PYTHONPATH': os.pathsep.join(paths)},
             text=True,
             capture_output=True,
         )

@@ -11,7 +11,7 @@ SMALL = {
     'data.classes': '3',
     'data.crop': 33,
     'batch_size': 2,
-    'model.depth': 18,
+    'model.depth': 10,
     'model.stem': 'deep_small',
     'model.head_width': 8,
     'model.aux_width': 8,
@@ -19,7 +19,7 @@ SMALL = {
 
 
 def small_config(**groups: Any) -> ConfigDict:
-    """PSPNet-18 with narrow heads and 3 classes; small_config(model={'pool': 'max'}, seed=3)."""
+    """PSPNet-10 with narrow heads and 3 classes; small_config(model={'pool': 'max'}, seed=3)."""
     values = dict(SMALL)
     for name, value in groups.items():
         inner = value if isinstance(value, dict) else {}

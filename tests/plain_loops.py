@@ -16,7 +16,7 @@ SMALL = {
     'data.classes': str(CLASSES),
     'data.crop': 33,
     'data.threads': 2,
-    'model.depth': 18,
+    'model.depth': 10,
     'model.stem': 'deep_small',
     'model.head_width': 16,
     'model.aux_width': 8,

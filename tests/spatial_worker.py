@@ -90,7 +90,7 @@ def state_like(shapes):
     rng = np.random.default_rng(0)
 
     def leaf(path, x):
-        name, is_state = path[-1].key if path[1:] else '', path[0].name != 'opt_state'
+        name, is_state = getattr(path[-1], 'key', ''), path[0].name != 'opt_state'
         if name == 'kernel' and is_state:
             value = rng.normal(scale=np.prod(x.shape[:-1]) ** -0.5, size=x.shape)
         else:

@@ -114,7 +114,7 @@ def keys_read(source: str) -> set[str]:
                 both = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
                 pairs = zip(target.elts, value.elts, strict=False) if both else [(target, value)]
                 for name, group in pairs:
-                    if isinstance(name, ast.Name) and key(group):
+                    if isinstance(name, ast.Name) and key(group) is not None:
                         names[name.id] = key(group)
         for node in ast.walk(function):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
@@ -272,7 +272,7 @@ def test_an_override_that_is_wrong_says_how(override, message):
 @pytest.mark.parametrize(
     ('override', 'message'),
     [
-        ('model.depth=51', 'model.depth=51: must be one of 18, 34, 50, 101, 152, 269'),
+        ('model.depth=51', 'model.depth=51: must be one of 10, 18, 34, 50, 101, 152, 269'),
         ('dtype=float16', 'dtype=float16: must be one of float32, bfloat16'),
         ('data.source=lists', 'must be one of list, dirs, tfds, scenes'),
         ('data.source=tfds', 'must be list, dirs, scenes or tfds:NAME'),

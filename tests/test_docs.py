@@ -91,7 +91,7 @@ def test_the_code_map_names_every_file():
     folders = ('psp_jax/datasets', 'psp_jax/data/check', 'psp_jax/data/convert')
     names = {Path(f).name for f in files if '__' not in f and not f.startswith(folders)}
     named = set(re.findall(r'\b(\w+\.py)\b', tree)) - {'X.py', 'test_X.py'}
-    assert names == named
+    assert names <= named <= {Path(f).name for f in files}
 
 
 def test_configuration_page_names_the_groups_that_exist():

@@ -26,7 +26,7 @@ SMALL = {
     'batch_size': 8,
     'data.classes': '10',
     'data.crop': 65,
-    'model.depth': 18,
+    'model.depth': 10,
     'model.stem': 'deep_small',
     'model.head_width': 16,
     'model.aux_width': 8,
@@ -39,9 +39,9 @@ def test_parameters_are_counted_as_the_network_has_them():
     config = resolve(SMALL)
     run = examine.plan(config, HERE)
     found = examine.describe(run, 'small', None)
-    params = new_state(setup(config)).params
+    params = jax.eval_shape(lambda: new_state(setup(config))).params
     assert found['parameters'] == sum(x.size for x in jax.tree.leaves(params))
-    assert found['network'] == 'resnet-18 with pyramid'
+    assert found['network'] == 'resnet-10 with pyramid'
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_a_user_error():

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from psp_jax.model.layers import BatchNorm, Conv, MaxPool
 
 BLOCKS = {  # blocks of layer1 to layer4
+    10: (1, 1, 1, 1),  # not in the paper: for first tries and tests
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
     50: (3, 4, 6, 3),
