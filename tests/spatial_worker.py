@@ -4,9 +4,8 @@ python tests/spatial_worker.py steps OUTPUT.npz CROP BATCH STEPS MESH... [--conf
 python tests/spatial_worker.py collectives OUTPUT.json CROP BATCH MESH... [--config.key=value ...]
 python tests/spatial_worker.py process PORT INDEX
 
-A mesh is written as 4x2: data x space. 'thin' among them makes one block of each of the backbone's
-layers, 'native' takes the kernel gradients that accelerators take, 'quick' has programs compiled
-fast that run slowly.
+A mesh is written as 4x2: data x space. 'native' among them takes the kernel gradients that
+accelerators take; 'quick' has programs compiled fast that run slowly.
 """
 
 import json
@@ -29,7 +28,7 @@ from psp_jax.mesh import (
     replicated,
     split_images,
 )
-from psp_jax.model import layers, resnet
+from psp_jax.model import layers
 from psp_jax.runtime.checkpoint import named_leaves
 from psp_jax.state import setup
 from psp_jax.train import compile_step
@@ -183,8 +182,6 @@ def main(task, *words):
         process(int(words[0]), int(words[1]))
         return
     jax.config.update('jax_num_cpu_devices', 8)
-    if 'thin' in words:
-        resnet.BLOCKS[18] = (1, 1, 1, 1)
     if 'native' in words:
         layers.kernel_gradient_by_shifts = native_kernel_gradient
     meshes = [tuple(map(int, w.split('x'))) for w in words if re.fullmatch(r'\d+x\d+', w)]

@@ -20,7 +20,6 @@ from psp_jax.dry_run import examine
 from psp_jax.errors import UserError
 from psp_jax.inference.protocols import PROTOCOLS
 from psp_jax.losses import LOSSES
-from psp_jax.model import resnet
 from psp_jax.model.backbones import BACKBONES
 from psp_jax.model.contexts import CONTEXTS
 from psp_jax.optimizer import OPTIMIZERS
@@ -113,7 +112,6 @@ def extensions(tmp_path, monkeypatch):
     before = [dict(table) for table in tables]
     (tmp_path / 'my_extensions.py').write_text(EXTENSIONS)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(resnet.BLOCKS, 18, (1, 1, 1, 1))  # compiles in seconds
     yield tmp_path
     sys.modules.pop('my_extensions', None)
     for table, entries in zip(tables, before, strict=True):
@@ -144,9 +142,8 @@ def run_everywhere(config, folder: Path, capsys) -> Path:
     """Trains two steps, evaluates again, exports a program and dry-runs; the working directory."""
     workdir = folder / 'run'
     state = train.train_and_evaluate(config, str(workdir), 'extended')
-    assert int(state.step) == 2 and all(
-        np.isfinite(row['loss']) for row in lines_of(workdir) if 'loss' in row
-    )
+    losses = [row['loss'] for row in lines_of(workdir) if 'loss' in row]
+    assert int(state.step) == 2 and len(losses) == 2 and np.isfinite(losses).all()
     evaluate.evaluate_checkpoint(None, str(workdir), 'latest', [])
     scores = json.loads((workdir / 'eval' / 'metrics.json').read_text())
     assert scores['images'] == 3 and scores['protocol'] == config.eval.protocol
@@ -160,7 +157,7 @@ def run_everywhere(config, folder: Path, capsys) -> Path:
 
 
 def semseg_file(path: Path) -> dict[str, np.ndarray]:
-    """Writes random weights of PSPNet-18 under semseg's names; returns them by our names."""
+    """Writes random weights of PSPNet-10 under semseg's names; returns them by our names."""
     shapes = checkpoint.named_leaves(setup(resolve(SMALL)).variables)
     rng = np.random.default_rng(0)
     arrays = {n: rng.uniform(0.1, 0.2, x.shape).astype(np.float32) for n, x in shapes.items()}

@@ -41,13 +41,13 @@ def steps(tmp_path_factory):
 def test_global_batch_semantics_one_device_equals_eight(steps):
     """Promise 2, float64: losses to 1e-7, parameters and running statistics to 1e-6.
 
-    The real PSPNet-18 with auxiliary head and dropout, one device's whole share ignored and the
+    PSPNet-10 with auxiliary head and dropout, one device's whole share ignored and the
     other shares with unequal numbers of valid pixels.
     """
     one, eight = (dict(found) for found in steps.values())
     for found in (one, eight):
         del found['shardings']
-    assert one.keys() == eight.keys() and len(one) > 150
+    assert one.keys() == eight.keys() and len(one) > 80
     assert one['params/head/conv/kernel'].dtype == np.float64
     np.testing.assert_allclose(eight['losses'], one['losses'], rtol=1e-7)
     for name, value in one.items():
