@@ -84,7 +84,7 @@ def judge_map(split: Split, data: ConfigDict) -> Iterator[Finding]:
     if not stored or split.name == 'test':  # labels of test may be secret, all 255
         return
     inner = [value for value in stored if value != IGNORE]
-    beyond = {v for v in range(classes, BEYOND) if ids[v] < classes}  # the map's own, of classes
+    beyond = {v for v in range(classes, IGNORE) if ids[v] < classes}  # that the map makes classes
     heading = ''
     if not data.label_map and classes > 1 and IGNORE in stored:
         if inner == [0] or not inner and classes == 2:
