@@ -3,7 +3,7 @@
     python -m benchmarks.soak --processes 1 --workdir runs/soak1 [--interruptions 25 --seed 0]
     python -m benchmarks.soak --processes 2 --workdir runs/soak2
 
-A PSPNet-18 with narrow heads trains on the built-in scenes, on CPU devices. Each start gets
+A PSPNet-10 with narrow heads trains on the built-in scenes, on CPU devices. Each start gets
 SIGTERM, SIGINT or SIGKILL at a random moment of start-up, training, a save or an evaluation. If a
 run ends before there were enough interruptions, another one begins. Prints a line for each start,
 and a table at the end. The exit code is 1 if an exit code is wrong, a process hangs, or a run
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 STEPS, EVERY, EVALUATE_EVERY = 96, 4, 12  # steps of the run, between saves, between evaluations
 CONFIG = (
     *('batch_size=2', f'checkpoint_every={EVERY}', f'eval_every={EVALUATE_EVERY}', 'log_every=1'),
-    *('data.train=0:64', 'data.val=1000000:1000008', 'data.crop=33', 'model.stem=deep_small'),
+    *('data.train=0:64', 'data.val=1000000:1000008', 'data.crop=33', 'model.depth=10'),
     *('model.head_width=16', 'model.aux_width=8', 'eval.batch_size=2', 'eval.panels=2'),
 )
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
