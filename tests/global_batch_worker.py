@@ -30,9 +30,8 @@ def batch_of_step(step: int) -> tuple[np.ndarray, np.ndarray]:
 
 def main(devices: int, output: str) -> None:
     jax.config.update('jax_num_cpu_devices', devices)
-    model = {'head_width': 128, 'aux_width': 64}
     config = small_config(
-        dtype='float64', batch_size=BATCH, total_steps=STEPS, model=model, data={'classes': '7'}
+        dtype='float64', batch_size=BATCH, total_steps=STEPS, data={'classes': '7'}
     )
     run = setup(config)
     mesh = make_mesh(config.mesh.data, BATCH)

@@ -213,6 +213,7 @@ def test_the_scenes_train_too(small_config, tmp_path, capsys):
         'log_every': 5,
         'data.crop': 33,
         'data.val': '1000000:1000003',
+        'model.depth': 10,
         'model.head_width': 16,
         'model.aux_width': 8,
         'optimizer.learning_rate': 0.01,
@@ -356,6 +357,7 @@ def test_evaluation_without_a_run_is_refused(tmp_path, capsys):
     assert f'{tmp_path}/checkpoints: holds no checkpoint' in error
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_training_goes_on_from_the_one_before(
     copy_of_run, trained, small_config, python
 ):
@@ -382,6 +384,7 @@ def test_a_damaged_checkpoint_is_named_and_training_goes_on_from_the_one_before(
 # ---- what goes wrong in mid-run
 
 
+@pytest.mark.slow
 def test_a_truncated_jpeg_in_mid_run_is_named_and_the_run_can_go_on(
     small_config, spoilt, tmp_path, python
 ):

@@ -1,6 +1,7 @@
 """The command line of the import, end to end: files, checkpoints, and export and back."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ pytestmark = pytest.mark.usefixtures('programs')
 
 
 def semseg_small(classes):
-    """Weights for the network of `small_config` under semseg's names."""
-    return semseg(cases.R18._replace(classes=classes, head_width=16, aux_width=8))
+    """Weights for the network of `small_config`, PSPNet-10, under semseg's names."""
+    tensors = semseg(cases.R18._replace(classes=classes, head_width=16, aux_width=8))
+    return {n: t for n, t in tensors.items() if not re.match(r'layer\d\.1\.', n)}
 
 
 @pytest.fixture

@@ -53,6 +53,7 @@ def test_caffe_resizes_as_matlab(size):
     np.testing.assert_array_equal(protocols.by_matlab(image, size), expected)
 
 
+@pytest.mark.slow
 def test_a_protocol_from_outside_is_one_more_entry(monkeypatch):
     mine = dataclasses.replace(
         PROTOCOLS['semseg'], window_scores=protocols.probabilities_of_summed_logits
