@@ -22,6 +22,7 @@ def test_reference_numerics(name, on_file, programs, measured):
         measured(f'{kind} of {name}, float32', np.abs(ours - theirs).max() / span, 1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_and_training_steps_equal_pytorchs(python, measured):
     run = python('-m', 'parity.golden', 'train')
     assert run.returncode == 0, run.stderr
