@@ -72,8 +72,8 @@ class _Loader:
         """Returns image, label and error message of one training example.
 
         TensorFlow would wrap an exception, so the batch has the message instead. b'': the example
-        is good. A message that starts with a key of _ERRORS: it is bad, and image and label are blank.
-        Other messages: it is bad, and image and label are those of the next good example.
+        is good. A message that starts with a key of _ERRORS: it is bad, and image and label are
+        blank. Other messages: it is bad, and image and label are those of the next good example.
         """
         first, skips = b'', self.data.on_error == 'skip'
         for other in range(_TRIES if skips else 1):
