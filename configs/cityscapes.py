@@ -2,8 +2,8 @@
 
 Command:  python -m psp_jax.main --config configs/cityscapes.py:depth=101
 
-          With the coarse annotations (in the paper 80.2 mIoU on the test set instead of 78.4) it
-          takes two stages:
+          Training with the coarse annotations takes two stages (the paper: 80.2 mIoU on the test
+          set instead of 78.4):
 
           python -m psp_jax.main --workdir runs/coarse \
               --config configs/cityscapes.py:depth=101,source=tfds,recipe=coarse

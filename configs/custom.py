@@ -14,11 +14,11 @@ Arguments:
   steps=20000       training steps
 
 Data:     images and label maps of the same size. A label map is a PNG whose values are class ids:
-          0, 1, 2, ... in the order of data.classes, and 255 for pixels to ignore. Of a palette PNG
-          the indices are read. `python -m psp_jax.data.convert` makes label maps and lists from
-          the files of annotation tools.
+          0, 1, 2, ... in the order of data.classes, and 255 for pixels to ignore. The values of a
+          palette PNG are its indices. `python -m psp_jax.data.convert` makes label maps and lists
+          from the files of annotation tools.
 
-Expect:   that depends on your data. If validation mIoU stays near 0, check data.label_map first.
+Expect:   results depend on your data. If validation mIoU stays near 0, check data.label_map first.
 
 Fits:     one GPU of 80 GB: the compiled program needs 19.3 GiB on an H100 (docs/scale.md). With a
           smaller batch_size it fits on smaller ones: about 1.2 GiB an image.

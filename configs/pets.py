@@ -6,7 +6,7 @@ Command:  python -m psp_jax.datasets oxford_iiit_pet
           notebooks/pets.ipynb does the same in Colab.
 
 Arguments:
-  border=ignore     the outline of the animals, which the data set labels as undecided.
+  border=ignore     how to use the outline of the animals, whose label means 'undecided'.
                     ignore: it counts neither in the loss nor in the scores; class: a third class
   depth=18          18 | 34 | 50 | 101 | 152 | 269
   steps=2000        training steps of 16 images; 2,000 are 8.7 epochs

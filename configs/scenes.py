@@ -1,7 +1,7 @@
 """PSPNet-18 on the built-in scenes: nothing to download, minutes on a CPU.
 
 The scenes are drawn when they are read. The same object is a car in a street and a boat in a
-harbour, and only the far side of the image tells which (paper, section 3.1).
+harbour, and only the far side of the image shows which of the two (paper, section 3.1).
 
 Command:  python -m psp_jax.main --config configs/scenes.py
           python -m psp_jax.main --config 'configs/scenes.py:bins=()'     the plain dilated FCN

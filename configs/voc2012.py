@@ -2,7 +2,7 @@
 
 Command:  python -m psp_jax.main --config configs/voc2012.py:depth=101
 
-          With COCO, as for the paper's 85.4 mIoU on the test set, it takes two stages:
+          Training with COCO takes two stages (the paper: 85.4 mIoU on the test set):
 
           python -m psp_jax.main --config configs/voc2012.py:depth=101,pretrain=coco \
               --workdir runs/coco

@@ -1,4 +1,4 @@
-"""What the command lines share. No heavy import."""
+"""What the command lines share. Imports nothing that takes long."""
 
 import argparse
 import contextlib
@@ -46,7 +46,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def quieten_libraries() -> None:
-    """Keeps the chatter of TensorFlow, absl and asyncio off the terminal; errors stay.
+    """Hides the log messages of TensorFlow, absl and asyncio; errors stay visible.
 
     Call it before TensorFlow is imported, which reads the two environment variables.
     """

@@ -1,8 +1,8 @@
 """The configuration: every key with its default and its meaning.
 
 A config file (`configs/*.py`) defines `get_config(arg: str = '') -> ConfigDict`, which starts from
-`default_config()`. The text behind the colon of `configs/ade20k.py:depth=101` is its `arg`, and
-`--config.key=value` on the command line has the last word. config_check.py loads and checks it.
+`default_config()`. The text after the colon of `configs/ade20k.py:depth=101` is its `arg`.
+`--config.key=value` on the command line overrides both. config_check.py loads and checks it.
 """
 
 import json
@@ -17,21 +17,21 @@ from psp_jax.errors import UserError
 
 
 def default_config() -> ConfigDict:
-    """Every key there is, set to PSPNet-50 as its paper trains it."""
+    """All keys with their defaults: PSPNet-50 as its paper trains it."""
     config = _group(
         seed=0,  # of the initialisation, the data order, the augmentation and dropout
         batch_size=16,  # images a step, over all devices and hosts
         total_steps=150_000,  # training steps; the learning rate reaches 0 after the last
         eval_every=5_000,  # steps between evaluations; the last step is always evaluated
         checkpoint_every=1_000,  # steps between checkpoints; evaluated steps have one too
-        checkpoint_keep=2,  # newest checkpoints kept, the best one by mIoU besides
+        checkpoint_keep=2,  # newest checkpoints to keep, besides the best one by mIoU
         log_every=50,  # steps between log lines
-        hang_seconds=900,  # without a finished step until all stacks are dumped; 0 = never
+        hang_seconds=900,  # print all stacks if no step finishes in this time; 0 = never
         # Weights to start from: a file (.pth, .safetensors), hf://OWNER/NAME[/FILE], the workdir or
         # checkpoint of another run; two files with a comma; '' = random.
         init_from='',
-        # Modules that start fresh all the same: patterns of the beginning of their names,
-        # comma-separated, such as 'head/classifier'.
+        # Modules that start fresh although init_from has them: patterns of the beginning of their
+        # names, comma-separated, such as 'head/classifier'.
         init_skip='',
         # Python modules, comma-separated, that are imported first and may add entries to the tables
         # of backbones, contexts, losses, optimizers, label spaces and protocols.
@@ -39,14 +39,14 @@ def default_config() -> ConfigDict:
         dtype='float32',  # of activations: float32 | bfloat16 | float64 (for exact comparisons)
     )
     config.mesh = _group(
-        data=-1,  # devices that the batch is divided over; -1 = all there are, over mesh.space
+        data=-1,  # devices that the batch is divided over; -1 = all devices / mesh.space
         # Neighbouring devices that each image is split over in height, for crops that do not fit
         # on one; the results are the same. Divides the devices of each process.
         space=1,
     )
     config.data = _group(
         source='list',  # list | dirs | tfds:NAME | scenes (drawn on the fly, nothing to download)
-        # Folder or gs:// address that the paths below are relative to; of tfds its data_dir.
+        # Folder or gs:// address that the paths below are relative to; for tfds its data_dir.
         # 'list:FOLDER' and 'dirs:FOLDER' in `source` are short for it.
         root='',
         # What each split reads. list: a list file; dirs: 'IMAGES_DIR,LABELS_DIR'; tfds: a split
@@ -56,7 +56,7 @@ def default_config() -> ConfigDict:
         test='',
         classes='',  # a label space's name | comma-separated names | a number of classes
         label_map='',  # '' | minus_one (0 -> 255, v -> v - 1) | cityscapes_ids | '{11: 255}'
-        crop=473,  # pixels, or (height, width); 8n + 1 where model.align_corners
+        crop=473,  # pixels, or (height, width); 8n + 1 if model.align_corners
         mean=(123.675, 116.28, 103.53),  # RGB, of pixels in 0..255
         std=(58.395, 57.12, 57.375),  # RGB, of pixels in 0..255
         scale=(0.5, 2.0),  # lowest and highest random scale; (1, 1) = off
@@ -64,17 +64,19 @@ def default_config() -> ConfigDict:
         blur=0.5,  # probability of a 5x5 Gaussian blur; 0 = off
         mirror=0.5,  # probability of a horizontal flip; 0 = off
         # A training example that cannot be read: stop, naming it | skip it and take the next one;
-        # evaluation always stops, for its scores are of every image.
+        # evaluation always stops, because it must score every image.
         on_error='stop',
-        threads=0,  # that read and augment on each host; 0 = one a core
+        threads=0,  # number that reads and augments on each host; 0 = one per core
     )
     config.model = _group(
         backbone='resnet',  # an entry of BACKBONES (model/backbones.py)
         depth=50,  # ResNet: 10 | 18 | 34 | 50 | 101 | 152 | 269
         stem='deep',  # deep (3x3: 64, 64, 128) | deep_small (3x3: 32, 32, 64) | conv7 (7x7: 64)
         # full: every block of stage 3 dilates 2 and of stage 4 dilates 4 (semseg);
-        # contract: the first block of each half as much (mmsegmentation, torchvision);
-        # contract_first: besides, only the first 3x3 of a basic block (mmsegmentation's ResNet-18).
+        # contract: as full, but the first block of each stage dilates half as much (mmsegmentation,
+        # torchvision);
+        # contract_first: as contract, and in a basic block only the first 3x3 dilates
+        # (mmsegmentation's ResNet-18).
         dilation='full',
         # Between backbone and head: pyramid | none (the plain dilated FCN), or another entry of
         # CONTEXTS (model/contexts.py).
@@ -98,30 +100,30 @@ def default_config() -> ConfigDict:
         momentum=0.9,  # of SGD; of AdamW its beta1
         weight_decay=1e-4,
         decay_norm_and_bias=True,  # weight decay on BatchNorm and biases too (semseg)
-        head_multiplier=10.0,  # learning rate of all that is not backbone over the backbone's
-        warmup_steps=0,  # linear warm-up before the decay, whose n-th step takes n/w of the rate
-        recipe_batch_size=16,  # that learning_rate was chosen for; a line is logged if it differs
+        head_multiplier=10.0,  # learning rate outside the backbone / that of the backbone
+        warmup_steps=0,  # w steps of linear warm-up before the decay; step n takes n/w of the rate
+        recipe_batch_size=16,  # learning_rate is for this; a note is logged if batch_size differs
     )
     config.eval = _group(
         # whole: in one piece, by the long side (quick; what training uses);
         # semseg: windows of the training crop, mirrored too (the authors' PyTorch test);
-        # caffe: the same as their MATLAB code; mmseg: in one piece, by the short side;
-        # mmseg_slide: windows as mmsegmentation's.
+        # caffe: the same by their MATLAB code; mmseg: in one piece, by the short side;
+        # mmseg_slide: windows as in mmsegmentation.
         protocol='whole',
         split='val',  # train | val | test
         base_size=0,  # pixels, the side that images are resized to at scale 1; 0 = their own
-        scales=(1.0,),  # that are averaged; multi-scale is (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-        flip='auto',  # average mirror images in: auto (semseg and caffe do) | true | false
-        multiple=8,  # pixels; canvases of whole images go up to multiples of it; 64 = few programs
-        batch_size=8,  # images, or windows, a call of the network on each host
+        scales=(1.0,),  # to average over; multi-scale is (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+        flip='auto',  # average over mirror images too: auto (semseg, caffe: true) | true | false
+        multiple=8,  # pixels; whole images are padded to multiples of it; 64 = few programs
+        batch_size=8,  # images (or windows) in a call of the network, on each host
         save_predictions=False,  # write every prediction as the data set's server takes it
-        panels=4,  # pictures of image, label and prediction that are kept
+        panels=4,  # images in panels.png, with their label and prediction
     )
     return config
 
 
 def parse_arg(arg: str, **defaults: Any) -> SimpleNamespace:
-    """'depth=101,bins=(1,2)' over the defaults, whose types the values take.
+    """Reads 'depth=101,bins=(1,2)' over the defaults; values get the types of the defaults.
 
     Raises UserError for an unknown name, a missing '=' and a value of another type.
     """
@@ -151,12 +153,12 @@ def set_depth(config: ConfigDict, depth: int) -> None:
 
 
 def read_tfds(config: ConfigDict, name: str, train: str = 'train', val: str = 'val') -> None:
-    """Has both splits read from what `python -m psp_jax.datasets NAME` prepares, in its folder."""
+    """Reads both splits from what `python -m psp_jax.datasets NAME` prepares, in its folder."""
     config.data.source = f'tfds:{name}'
     config.data.root = ''
     config.data.train = train
     config.data.val = val
-    config.data.label_map = ''  # classes already
+    config.data.label_map = ''  # the stored values are class ids
 
 
 def imagenet_weights(depth: int) -> str:

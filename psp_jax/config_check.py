@@ -28,8 +28,8 @@ from psp_jax.model.pyramid_pooling import POOLS
 from psp_jax.model.resnet import BLOCKS, DILATIONS, STEMS
 from psp_jax.optimizer import OPTIMIZERS
 
-# Keys that a resumed run may change, since none of them has a part in what the parameters become.
-# `total_steps` is not among them: the learning rate's decay is a function of it.
+# Keys that a resumed run may change, because none of them affects the parameters. `total_steps` is
+# not among them: the decay of the learning rate depends on it.
 FREE_ON_RESUME = (
     'log_every',
     'hang_seconds',
@@ -70,7 +70,7 @@ def load_config(path_with_args: str, overrides: Iterable[str] = ()) -> ConfigDic
         made = module.get_config(arg)
     except (AttributeError, KeyError) as error:
         reason = ' '.join(str(error).replace('\\n', ' ').split())
-        raise UserError(f'{path}: reads a key that there is not ({reason})') from error
+        raise UserError(f'{path}: reads a key that does not exist ({reason})') from error
     if not isinstance(made, ConfigDict):
         raise UserError(f'{path}: get_config returned {type(made).__name__}, not a ConfigDict')
     return resolve(flatten(made), overrides, where=f'{path}: ')
@@ -112,7 +112,7 @@ def import_custom(config: ConfigDict) -> None:
 
 
 def from_json(text: str, overrides: Iterable[str] = ()) -> ConfigDict:
-    """What to_json wrote, lists as tuples again; keys that it lacks get their defaults."""
+    """The configuration in the text of to_json; keys that are not there get their defaults."""
     return resolve(
         {
             key: tuple(value) if isinstance(value, list) else value
@@ -127,7 +127,7 @@ def split_path(path_with_args: str) -> tuple[str, str]:
     match = re.fullmatch(r'(.+?\.py)(?::(.*))?', path_with_args)
     if not match:
         raise UserError(
-            f'--config={path_with_args}: expected a Python file and, behind a colon, '
+            f'--config={path_with_args}: expected a Python file and, after a colon, '
             'its arguments, as in configs/ade20k.py:depth=101'
         )
     return match[1], match[2] or ''
@@ -197,7 +197,7 @@ def check_values(flat: Mapping[str, Any]) -> None:
     _check_crop(flat['data.crop'], flat['model.align_corners'])
     if flat['init_skip'] and not flat['init_from']:
         raise UserError(
-            f'init_skip={flat["init_skip"]}: is about what init_from loads; set init_from too'
+            f'init_skip={flat["init_skip"]}: has no effect without init_from; set init_from too'
         )
     if flat['batch_size'] == 1 and flat['model.reduce'] and 1 in flat['model.bins']:
         raise UserError(

@@ -24,7 +24,7 @@ def choose(key: str, value: Any, table: Mapping[Any, T]) -> T:
 
 
 def typed(key: str, value: Any, default: Any) -> Any:
-    """`value` in the type of `default` (int for float is welcome), or a UserError."""
+    """`value` in the type of `default` (an int may stand for a float), or a UserError."""
     if key == 'data.crop':
         if (
             _is(value, int)
@@ -59,7 +59,7 @@ def parsed(key: str, text: str, default: Any) -> Any:
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = text
         if isinstance(default, tuple) and isinstance(value, (int, float)):
-            value = (value,)  # a tuple of one is '(6)' to anyone but Python
+            value = (value,)  # users write a tuple of one as '(6)', which Python reads as a number
     return typed(key, value, default)
 
 
@@ -79,7 +79,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _is(value: Any, kind: type) -> bool:
-    """isinstance, but a bool is no number, and an int is a float."""
+    """As isinstance, but a bool is not a number, and an int counts as a float."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)

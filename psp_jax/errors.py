@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Bad input: the message is one line that names the culprit and the remedy.
+    """Bad input: the message is one line that says what is wrong and what to do.
 
     The command line prints it without a traceback and exits with code 2. Any other exception,
     except the two below, is a bug in psp_jax and keeps its traceback.

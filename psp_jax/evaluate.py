@@ -33,7 +33,7 @@ from psp_jax.state import Setup, setup
 
 @dataclass
 class Scored(Job):
-    """An image, its prediction and its scores: sums over its tiles."""
+    """An image with its prediction and its scores, which are sums over its tiles."""
 
     label: np.ndarray
     number: int
@@ -45,7 +45,7 @@ class Scored(Job):
         self.prediction = np.zeros(self.image.shape[:2], np.uint8)
 
     def add(self, pixels: Pixels, within: Pixels, result: Any) -> None:
-        """Takes what `score` gives."""
+        """Adds the results of `score` for a tile."""
         confusion, loss, count, prediction = result
         self.confusion += confusion
         self.loss += float(loss)
@@ -58,8 +58,8 @@ class Result(NamedTuple):
 
     scores: dict[str, Any]  # the content of metrics.json
     confusion: np.ndarray  # int64 [classes, classes] of (label, prediction)
-    each: np.ndarray  # float64 [images], the mIoU of each alone; NaN if no pixel is labelled
-    panels: dict[int, Panel]  # some images by their number; empty in processes other than 0
+    each: np.ndarray  # float64 [images], the mIoU of each image; NaN if no pixel is labelled
+    panels: dict[int, Panel]  # some images by their number; empty except in process 0
 
 
 def score(probabilities: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
@@ -148,19 +148,19 @@ class Evaluator:
         """Each image of `numbers`, in an order that depends on their sizes."""
         config, (programs,) = self.run.config, self.stream.programs.values()
         jobs = read_ahead(self._read, numbers, config.data.threads)
-        # An image at all scales takes much more memory than the image: few are ahead.
+        # An image at all scales takes much more memory than the image: few are read ahead.
         examples = read_ahead(partial(self.stream.blocks, protocol=config.eval.protocol), jobs, 2)
         return self.stream.run(on_local_devices(variables, programs.mesh), examples)
 
     def _read(self, number: int) -> Scored:
         image, label = self.source.read(number)
-        if label is None:  # the image gets a prediction alone
+        if label is None:  # a test set without labels: only the prediction is used
             label = np.full(image.shape[:2], IGNORE, np.uint8)
         return Scored(image, label, number)
 
 
 def sum_over_processes(tree: Any) -> Any:
-    """Adds host values over all processes, in their own precision (64 bits travel as bytes)."""
+    """Adds host values over all processes; sends them as bytes, so that they keep 64 bits."""
     if jax.process_count() == 1:
         return tree
 
@@ -180,9 +180,9 @@ def folder_of(workdir: str, step: int, config: ConfigDict) -> str:
 
 
 def write_result(result: Result, workdir: str, config: ConfigDict) -> np.ndarray | None:
-    """Process 0 writes metrics.json, confusion.npy and panels.png; returns the latter's pixels.
+    """Process 0 writes metrics.json, confusion.npy and panels.png.
 
-    uint8 [H, W, 3]; None without panels and in the other processes.
+    Returns the pixels of panels.png, uint8 [H, W, 3]; None without panels and in other processes.
     """
     if jax.process_index():
         return None
@@ -249,9 +249,9 @@ def ranked(each: np.ndarray, most: int = 3) -> dict[str, list[int]]:
 
 
 def prediction_names(source: Source) -> list[str]:
-    """The images' names without suffix, below the folder that all have in common.
+    """The images' paths without suffix, relative to the folder that contains all of them.
 
-    Raises UserError if two have the same.
+    Raises UserError if two are equal.
     """
     images = [source.names(number)[0] for number in range(source.length)]
     paths = [os.path.abspath(image.partition('://')[2] or image) for image in images]

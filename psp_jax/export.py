@@ -29,7 +29,7 @@ def export_checkpoint(
 ) -> None:
     """Writes a checkpoint as the suffix of `output` says: .safetensors or .jaxexport.
 
-    See `export_weights` and `export_program`. `config` and `overrides` only count for the program.
+    See `export_weights` and `export_program`. Only the program uses `config` and `overrides`.
     Raises UserError for any other suffix.
     """
     suffix = os.path.splitext(output)[1]
@@ -47,8 +47,8 @@ def export_checkpoint(
 def export_weights(workdir: str, which: str, output: str) -> None:
     """Writes `params` and `batch_stats` to a `.safetensors` file under semseg's names.
 
-    Values keep every bit. The file's metadata has the network's options, which names and shapes do
-    not tell. The file appears when it is complete. Raises UserError if the network has a module
+    Values keep every bit. The file's metadata has the network's options that names and shapes do
+    not show. The file appears when it is complete. Raises UserError if the network has a module
     without a name in semseg's format, there is no such checkpoint, or the path cannot be written.
     """
     import safetensors.numpy

@@ -1,4 +1,4 @@
-"""The training loss, computed without ever holding full-resolution logits of a whole batch."""
+"""The training loss, computed without full-resolution logits of a whole batch in memory."""
 
 import functools
 from collections.abc import Callable
@@ -27,8 +27,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.
     return jnp.sum(jnp.where(valid, losses, 0)), jnp.sum(valid, dtype=jnp.int32)
 
 
-# The losses that `loss.name` can name: (logits [..., C], labels uint8 [...]) of a block of pixels
-# -> its sum and the weight to divide by, each summed over all blocks of the global batch.
+# The values of `loss.name`: (logits [..., C], labels uint8 [...]) of a block of pixels -> the sum
+# of its loss and the weight to divide by. Both are summed over all blocks of the global batch.
 Loss = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 LOSSES: dict[str, Loss] = {'cross_entropy': cross_entropy}
 
@@ -64,7 +64,7 @@ def segmentation_loss(
 ) -> jax.Array:
     """`loss` of the logits up-sampled to `size`, its sum over its weight in the *global* batch.
 
-    Zero, with zero gradients, if the weight is zero, as without a valid pixel.
+    Zero, with zero gradients, if the weight is zero because no pixel is valid.
     """
     rows, columns = (
         resize_matrix(logits_BhwC.shape[axis + 1], size[axis], align_corners) for axis in (0, 1)
@@ -87,8 +87,8 @@ def map_row_phases(
     on a new first axis of `STRIDE`. Rows of labels beyond the matrix must be 255. Logits are of
     float32 or better. The backward pass computes each block again instead of keeping it.
 
-    Images that are split in height over devices take the same path: every device has a share of
-    every block, and needs of its neighbours only the few rows of logits beside its own.
+    The same code serves images that are split in height over devices: every device has a share of
+    every block, and needs only a few rows of logits from its neighbours.
     """
     exact = jnp.promote_types(logits_BhwC.dtype, jnp.float32)
     filler = -labels_BHW.shape[1] % STRIDE
@@ -117,7 +117,7 @@ def map_row_phases(
 
 
 def row_bands(rows_Hh: np.ndarray, cells: int) -> dict[int, np.ndarray]:
-    """The matrix by its few diagonals: {offset: float64 [STRIDE, cells]}.
+    """The few diagonals of the matrix that are not zero: {offset: float64 [STRIDE, cells]}.
 
     Row STRIDE * a + r of the matrix has at column a + offset the value [r, a]; zeros elsewhere.
     """

@@ -1,7 +1,7 @@
 """The command line: `python -m psp_jax.main --config configs/camvid.py`.
 
-Heavy modules are imported only after the flags are checked, so that --help and a misspelt flag
-answer at once.
+Modules that take seconds to import come after the check of the flags, so that --help and errors
+about flags come at once.
 """
 
 import argparse
@@ -24,12 +24,12 @@ EPILOG = """\
 modes:
   train    train, evaluate and checkpoint as the config says; continues by itself if DIR holds a
            checkpoint (--workdir DIR alone continues it: the configuration is in the checkpoint)
-  eval     score a checkpoint: DIR/eval/metrics.json, and a report to look at beside it
+  eval     score a checkpoint: DIR/eval/metrics.json and DIR/eval/STEP-PROTOCOL/report.html
   predict  label maps and overlays of --images IMAGE_OR_DIR_OR_GLOB in --output DIR
   export   write a checkpoint to --output FILE: its weights under semseg's names (.safetensors), or
            the network as a program for jax alone (.jaxexport)
-  dry_run  what a run needs (memory, FLOPs, communication) and whether it fits, from compiling it:
-           for this machine, or without having them for --topology v5e:2x4 (TPUs) or h100:8,
+  dry_run  compile a run and print what it needs (memory, FLOPs, communication) and whether it fits:
+           on this machine, or on machines that you do not have: --topology v5e:2x4 (TPUs), h100:8,
            h100:2x8 (GPUs; hosts x GPUs); the figures as JSON in --output FILE
   All but dry_run take the configuration from the checkpoint unless --config is given.
 
@@ -70,7 +70,7 @@ class Call:
 
 
 def train(call: Call) -> None:
-    # The imports take seconds, in which signals should be heard.
+    # The imports take seconds, and a signal may come in this time.
     with preemption.listening():
         from psp_jax import train
         from psp_jax.runtime import checkpoint
@@ -103,7 +103,7 @@ def export(call: Call) -> None:
 def dry_run(call: Call) -> None:
     from psp_jax.dry_run import examine
 
-    assert call.config is not None  # FLAGS says so
+    assert call.config is not None  # FLAGS requires it
     examine.dry_run(call.config, call.name, call.flags.topology, call.flags.output)
 
 
@@ -120,12 +120,12 @@ SEVERAL_PROCESSES = ('train', 'eval')  # the modes that may run in several proce
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag: its value in --help (empty for a switch), the modes that it goes with, its help."""
+    """A flag: its value in --help (empty for a switch), the modes that take it, its help text."""
 
     value: str
     modes: Sequence[str]
     help: str
-    needed: Sequence[str] = ()  # the modes that cannot do without it
+    needed: Sequence[str] = ()  # the modes that require it
     kind: type = str
 
 
@@ -160,12 +160,16 @@ FLAGS = {
         'NAME', ('dry_run',), 'for dry_run: the machines to compile for (default: this one)'
     ),
     'coordinator_address': Flag(
-        'HOST:PORT', SEVERAL_PROCESSES, 'of process 0 of several, if the cluster does not tell it'
+        'HOST:PORT',
+        SEVERAL_PROCESSES,
+        'address of process 0 of several, if the cluster does not supply it',
     ),
-    'num_processes': Flag('N', SEVERAL_PROCESSES, 'with it: how many processes', kind=int),
-    'process_id': Flag('I', SEVERAL_PROCESSES, 'with it: which process this is, from 0', kind=int),
+    'num_processes': Flag('N', SEVERAL_PROCESSES, 'with it: the number of processes', kind=int),
+    'process_id': Flag(
+        'I', SEVERAL_PROCESSES, 'with it: the number of this process, from 0', kind=int
+    ),
 }
-VARIABLES = {  # they stand for flags that are not given, in the modes that take them
+VARIABLES = {  # environment variables that replace missing flags, in the modes that take these
     'coordinator_address': 'JAX_COORDINATOR_ADDRESS',
     'num_processes': 'JAX_NUM_PROCESSES',
     'process_id': 'JAX_PROCESS_ID',

@@ -1,7 +1,7 @@
-"""Devices and how arrays lie on them: one path from one CPU to a pod.
+"""Devices and how arrays are placed on them: the same code for one CPU and for a pod.
 
 The mesh has two axes. 'data' divides the batch. 'space' divides each image in height among
-neighbouring devices, which exchange the few rows beside their cuts; the compiler writes that.
+neighbouring devices. These exchange the few rows beside their cuts; the compiler adds this.
 """
 
 import math
@@ -26,10 +26,10 @@ def make_mesh(
     """A ('data', 'space') mesh of `data` x `space` of `devices`, by default all of this run's.
 
     data=-1 takes them all. Devices beside each other on 'space' are of one process, so that every
-    process reads whole images. Raises UserError if the devices do not suffice or do not divide,
-    or if the global batch does not divide over 'data'.
+    process reads whole images. Raises UserError if there are too few devices or `space` does not
+    divide them, or if the global batch does not divide over 'data'.
     """
-    # By process: those of a TPU host are not always numbered one after the other.
+    # Sorted by process, because the devices of a TPU host do not always have consecutive numbers.
     devices = sorted(
         jax.devices() if devices is None else devices, key=lambda device: device.process_index
     )
@@ -79,14 +79,14 @@ def split_batch(mesh: Mesh) -> NamedSharding:
 
 
 def split_images(mesh: Mesh) -> NamedSharding:
-    """How 'image' and 'label' of a training batch lie: split in height, too."""
+    """The sharding of 'image' and 'label' of a training batch, which are also split in height."""
     return NamedSharding(mesh, PartitionSpec('data', 'space'))
 
 
 def rows_reached(model: nn.Module, variables: Any, size: Size) -> int:
-    """The most rows of features that a module of the network looks to each side.
+    """The largest reach of the network's modules to one side, in rows of features.
 
-    variables: arrays or shapes; size: of the images. Modules say their `reach` in rows of their
+    variables: arrays or shapes; size: of the images. Modules state their `reach` in rows of their
     own input (model/layers.py).
     """
     reached = 0
@@ -138,7 +138,7 @@ def put_images(image: np.ndarray, label: np.ndarray, mesh: Mesh) -> dict[str, ja
     """A training batch {'image', 'label'} from each process's rows, split over 'data' and 'space'.
 
     image uint8 [B, H, W, 3], label uint8 [B, H, W]. Both get rows below up to `padded_height`, of
-    zeros and of 255; `cut_images` takes those of the images off.
+    zeros and of 255; `cut_images` removes those of the images.
     """
     below = padded_height(label.shape[1], mesh) - label.shape[1]
     if below:
@@ -152,7 +152,7 @@ def put_images(image: np.ndarray, label: np.ndarray, mesh: Mesh) -> dict[str, ja
 
 
 def cut_images(batch: dict[str, jax.Array], height: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """Within jit: a batch of `put_images` with images of their own height, split as before."""
+    """For use within jit: a batch of `put_images` without the added rows of the images."""
     # The slice's rows may not divide over the devices: without the constraint the compiler might
     # gather them.
     sharding = split_images(mesh)

@@ -1,4 +1,4 @@
-"""The optimizer: poly schedule, groups of parameters, and the rules that `optimizer.name` names."""
+"""The optimizer: poly schedule, groups of parameters, and the update rules of OPTIMIZERS."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,8 +28,8 @@ def adamw(
     )
 
 
-# (config.optimizer, schedule, tree of bool: which parameters decay) -> optimizer, of the backbone's
-# rate; `make_optimizer` multiplies the updates of the heads.
+# The values of `optimizer.name`: (config.optimizer, schedule, tree of bool: which parameters decay)
+# -> the optimizer at the backbone's rate. `make_optimizer` multiplies the updates of the heads.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     'sgd': sgd,
     'adamw': adamw,
@@ -47,8 +47,8 @@ class Group(NamedTuple):
 def make_schedule(config: ConfigDict) -> optax.Schedule:
     """The backbone's rate at step n, from 0: rate * (1 - n / total_steps)**power (section 5.1).
 
-    With `warmup_steps` = w the first w steps take (n + 1) / w of the rate, and the decay has the
-    steps that are left.
+    With `warmup_steps` = w the first w steps take (n + 1) / w of the rate, and the decay takes the
+    remaining steps.
     """
     rate, warmup = config.optimizer.learning_rate, config.optimizer.warmup_steps
     schedule = optax.polynomial_schedule(

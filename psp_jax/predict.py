@@ -73,14 +73,14 @@ class Predictor:
     """A trained network with its configuration; `load` makes one.
 
     Calling it with an image, uint8 [H, W, 3] RGB or [H, W] grey of any size, gives class ids
-    uint8 [H, W] by the protocol of `config.eval`. If the protocol would show the network an image
-    in one piece of more than `piece` pixels, it goes by windows. For one thread at a time.
+    uint8 [H, W] by the protocol of `config.eval`. An image that the protocol shows in one piece is
+    predicted in windows if it then has more than `piece` pixels. Use it from one thread at a time.
     """
 
     def __init__(self, run: Setup, variables: Any, piece: float = PIECE):
         mesh = local_mesh(run.config.mesh.data, run.config.mesh.space)
-        # Few shapes serve images of many sizes, and each device gets one image at a time, since
-        # there may be no second one. Results do not depend on it.
+        # A multiple of 64 makes few programs for images of many sizes. Each device gets one image
+        # at a time, because there may be no second one. The results do not depend on either.
         multiple = max(run.config.eval.multiple, 64)
         changes: dict[str, Any] = {'eval.multiple': multiple}
         if not protocol_of(run.config).slides:
@@ -217,10 +217,10 @@ def predict_images(
 ) -> list[str]:
     """Writes the label map and an overlay of each image; returns what could not be read.
 
-    names: as `find_images` gives them. For `a/b.jpg` there are OUTPUT/b.png (class ids with the
+    names: as `find_images` returns them. For `a/b.jpg` there are OUTPUT/b.png (class ids with the
     palette), OUTPUT/b_overlay.jpg and, with `probabilities`, OUTPUT/b.npy (float16 [H, W,
-    classes]). Each appears once it is whole. Raises UserError if OUTPUT cannot be written or the
-    label maps would replace the images.
+    classes]). Each file appears when it is complete. Raises UserError if OUTPUT cannot be written
+    or the label maps would replace the images.
     """
     targets = {path: os.path.join(output, name) for path, name in names.items()}
     check_targets(targets, output)
@@ -260,7 +260,7 @@ def check_targets(targets: Mapping[str, str], output: str) -> None:
 def readable(
     targets: Mapping[str, str], threads: int, bad: list[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(target, image) of {path: target}; what is wrong with the others goes into `bad`."""
+    """(target, image) of {path: target}; the errors of unreadable images go into `bad`."""
     found = read_ahead(image_or_error, targets, threads)
     for target, image in zip(targets.values(), found, strict=True):
         if isinstance(image, UserError):
@@ -278,7 +278,7 @@ def image_or_error(path: str) -> np.ndarray | UserError:
 
 
 def unfinished_array(target: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """float16 [H, W, classes] that lies in a file, so that it may be larger than memory."""
+    """float16 [H, W, classes], mapped to a file, so that it may be larger than memory."""
     return np.lib.format.open_memmap(f'{target}.npy.unfinished', 'w+', np.float16, shape)
 
 

@@ -1,4 +1,4 @@
-"""What a configuration stands for, and what a training run carries from step to step."""
+"""The network and optimizer of a configuration, and the state that training steps update."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,16 +73,16 @@ def _new_state(model: PSPNet, tx: optax.GradientTransformation, seed: int) -> Tr
 def init_variables(model: PSPNet, seed: int) -> dict[str, Any]:
     """Fresh `params` and `batch_stats`, a function of the seed alone."""
     key = jax.random.key(seed)
-    # Parameters do not depend on the image size; 33 x 33 is the smallest that every part accepts.
+    # Parameters do not depend on the image size; 33 x 33 is the smallest size for all modules.
     made = model.init({'params': key, 'dropout': key}, jnp.zeros((1, 33, 33, 3)), True)
     return {name: made[name] for name in ('params', 'batch_stats')}
 
 
 def jit_for_one_call(make: Callable[..., Any], **shardings: Any) -> jax.stages.Wrapped:
-    """jax.jit for what runs once, such as `new_state`.
+    """jax.jit for a function that runs once, such as `new_state`.
 
-    On a CPU XLA takes seconds for the random numbers of each shape of kernel, to save milliseconds
-    when they are drawn: there it is told to optimise little (4 times faster for PSPNet-18).
+    On a CPU, XLA optimises the random numbers of each shape of kernel for seconds, which saves
+    milliseconds. So it is told to optimise little there (4 times faster for PSPNet-18).
     """
     on_cpu = jax.default_backend() == 'cpu'
     options = {'xla_backend_optimization_level': 1} if on_cpu else None

@@ -106,9 +106,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
             console.say(f'step {first} is the last: the run is finished')
             return state
 
-        # ---- The loop. Order matters: a step is dispatched before the last one's scalars are read,
-        # so that the devices never wait for the host; and a state is saved only once its own
-        # scalars are known to be finite.
+        # ---- The loop. Order matters: a step is dispatched before the scalars of the step before
+        # it are read, so that the devices never wait for the host. A state is saved only after
+        # its own scalars are known to be finite.
         with closing(RunLog(workdir, config, first, evaluated)) as log:
             if not evaluated:
                 score(evaluator, first, state, manager, log)
@@ -169,7 +169,7 @@ def starting_state(
     """The step and state that a run starts from, on the devices it will live on.
 
     1. The newest checkpoint of its own working directory.
-    2. Else the weights that config.init_from names; what they lack is random.
+    2. Else the weights that config.init_from names; arrays that these lack are random.
     3. Else random values, a function of the seed.
 
     Raises UserError if the checkpoint is of another run, or the weights do not fit.
@@ -249,7 +249,7 @@ def due(step: int, config: ConfigDict) -> bool:
 def save(
     manager: checkpoint.Manager, step: int, state: TrainState, config: ConfigDict, source: Source
 ) -> None:
-    """Starts saving a state with what a restart compares, and the libraries that made it."""
+    """Starts saving a state, with the values that a restart compares and the library versions."""
     libraries = ('jax', 'flax', 'optax', 'orbax-checkpoint')
     versions = {name: metadata.version(name) for name in libraries}
     meta = {'config': to_json(config), 'examples': source.length, 'versions': versions}
@@ -263,7 +263,7 @@ def score(
     manager: checkpoint.Manager,
     log: RunLog,
 ) -> None:
-    """Evaluates a step whose saving has begun: nothing is lost if the evaluation is cut off."""
+    """Evaluates a step after its save has begun: if the evaluation is cut off, nothing is lost."""
     result = evaluator.evaluate(state.variables, step)
     picture = evaluate.write_result(result, log.workdir, log.config)
     log.evaluation(result.scores, picture)

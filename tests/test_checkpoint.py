@@ -221,7 +221,7 @@ def test_there_is_no_best_if_nothing_was_evaluated(two):
 @pytest.mark.parametrize(
     ('which', 'message'),
     [
-        ('7', 'holds no checkpoint of step 7, but of [1, 2]'),
+        ('7', 'holds no checkpoint of step 7, only of [1, 2]'),
         ('bets', 'bets: no checkpoint; give latest, best, a step, or the path of one'),
         ('nowhere/checkpoints/3', 'nowhere/checkpoints/3: no checkpoint; give'),
     ],

@@ -251,7 +251,7 @@ def test_the_colours_of_a_labelmap_become_classes(capsys, words, row, classes, o
     assert labels_in('out') == {f'{name}.png': [row] * 4 for name in ('rgb', 'rgba', 'palette')}
     output = capsys.readouterr().out
     assert printed_data(output).classes == classes
-    assert ('255 (ignore), since they are no classes: background\n' in output) == others
+    assert ('255 (ignore), because they are not classes: background\n' in output) == others
 
 
 def test_without_a_labelmap_masks_are_of_vocs_21_classes(capsys, tmp_path):
@@ -326,7 +326,7 @@ def test_polygons_of_cityscapes_become_train_ids_or_given_classes(capsys):
         'val/town/b.png': [[18] * 6] + [[_] * 6] * 3,
     }
     output = capsys.readouterr().out
-    assert '255 (ignore), since they are no classes: bike rack, polegroup\n' in output
+    assert '255 (ignore), because they are not classes: bike rack, polegroup\n' in output
     data = printed_data(output)
     assert (data.classes, data.train, data.val) == ('cityscapes', 'train.txt', 'val.txt')
     assert make_source(data, 'val').length == 1
@@ -390,7 +390,7 @@ def test_segments_become_their_categories_in_the_order_of_the_file(capsys):
     words = 'coco_panoptic annotations/panoptic_val2017.json --output val --overwrite --classes'
     run(f'{words} car,grass')
     assert labels_in('val') == {'val2017/x.png': [[_, _, _, _, _, 0]] * 4}
-    assert 'since they are no classes: person\n' in capsys.readouterr().out
+    assert 'because they are not classes: person\n' in capsys.readouterr().out
     assert "val2017.json has no 'boat'; it has grass, person" in error_of(f'{words} car,boat')
     save_panoptic('val2017', {7: 1, 300: 3})
     error = error_of(f'{words} car,grass')

@@ -445,7 +445,7 @@ def test_the_command_line_builds_and_names_mistakes(tmp_path, capsys):
 
     assert run() == 2
     assert capsys.readouterr().err == (
-        f'psp_jax: error: --manual_dir={tmp_path}/archives: is no folder\n'
+        f'psp_jax: error: --manual_dir={tmp_path}/archives: is not a folder\n'
     )
     (tmp_path / 'archives').mkdir()
     assert run() == 2
@@ -460,7 +460,7 @@ def test_the_command_line_builds_and_names_mistakes(tmp_path, capsys):
 
 def test_an_address_of_an_unknown_scheme_is_named(capsys):
     assert exit_code(__main__.run, ['camvid', '--data_dir', 's3://bucket/x']) == 2
-    assert 's3://bucket/x: TensorFlow knows no s3://' in capsys.readouterr().err
+    assert 's3://bucket/x: TensorFlow cannot read s3://' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('number', [errno.EIO, errno.ECONNREFUSED, errno.EACCES])

@@ -188,7 +188,7 @@ def test_addresses_are_read_by_tensorflow_or_need_a_mount(tmp_path):
     assert decode.read_bytes(f'file://{tmp_path}/a.png') == b'content'
     assert decode.exists(f'file://{tmp_path}/a.png')
     advice = (
-        r'^s3://b/a.png: TensorFlow knows no s3://; mount the bucket \(mountpoint-s3, gcsfuse\)'
+        r'^s3://b/a.png: TensorFlow cannot read s3://; mount the bucket \(mountpoint-s3, gcsfuse\)'
     )
     for function in (decode.read_bytes, decode.exists):
         with pytest.raises(UserError, match=advice):

@@ -223,7 +223,7 @@ def test_if_bad_examples_are_skipped_the_check_lets_some_pass(folder):
     lines[50] = 'gone.png label.png'
     (folder / 'train.txt').write_text('\n'.join(lines))
     said = check_source(make_source(data_of(folder), 'train'), 100, skip=True)
-    assert said == '; of 100 that were tried 1 cannot be read'
+    assert said == '; 1 of 100 examples that were tried cannot be read'
     assert check_source(Source(3, str, lambda i: (i, i)), skip=True) == ''
     (folder / 'train.txt').write_text('\n'.join(['gone.png lost.png', *lines[:1]]))
     check_source(make_source(data_of(folder), 'train'), skip=True)
@@ -233,7 +233,7 @@ def test_if_bad_examples_are_skipped_the_check_lets_some_pass(folder):
 
 
 def test_an_address_that_tensorflow_does_not_know_needs_a_mount(folder):
-    advice = r'TensorFlow knows no s3://; mount the bucket \(mountpoint-s3, gcsfuse\)'
+    advice = r'TensorFlow cannot read s3://; mount the bucket \(mountpoint-s3, gcsfuse\)'
     for changes in ({}, {'source': 'dirs', 'train': 'x,y'}, {'source': 'tfds:camvid'}):
         with pytest.raises(UserError, match=f's3://bucket/.*{advice}'):
             make_source(data_of('s3://bucket/data', **changes), 'train')

@@ -78,7 +78,7 @@ def test_the_table_has_the_figures_of_both_programs():
         ),
         (
             {'read': False, 'reason': 'a/train.txt does not exist'},
-            'data: not tried, since they cannot be read here (a/train.txt does not exist)',
+            'data: no batch, because they cannot be read here (a/train.txt does not exist)',
         ),
     ],
 )

@@ -1,6 +1,6 @@
-"""Reads the bytes of images and label maps and decodes them to arrays, with errors that name files.
+"""Reads images and label maps and decodes them to arrays; errors name the file.
 
-A path may be an address that TensorFlow's file system knows, such as gs://bucket/image.jpg.
+A path may be an address that TensorFlow's file system can read, such as gs://bucket/image.jpg.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ from psp_jax.errors import PASSING_TEXTS, PassingError, UserError
 
 T = TypeVar('T')
 
-# These say something about the file; any other OSError says that a disk or a network failed.
+# These are errors of the file; any other OSError means that a disk or a network failed.
 _ABOUT_THE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _PASSING_CODES = {4, 8, 10, 14}  # TensorFlow: deadline exceeded, exhausted, aborted, unavailable
-_UNIMPLEMENTED = 12  # TensorFlow: a scheme that it does not know
+_UNIMPLEMENTED = 12  # TensorFlow: a scheme that it cannot read
 _PAUSES = (1, 4)  # seconds before the second and the third try
 
 
@@ -34,7 +34,7 @@ def read_image(path: str) -> np.ndarray:
 def decode_image(content: bytes, name: str) -> np.ndarray:
     """Decodes an image to uint8 [H, W, 3] RGB, with its EXIF orientation applied.
 
-    Raises UserError, which calls the image `name`, if it cannot be decoded.
+    Raises UserError, with `name` in its message, if the image cannot be decoded.
     """
     with _decoding(content, name) as image:
         image.load()
@@ -44,7 +44,7 @@ def decode_image(content: bytes, name: str) -> np.ndarray:
         if image.mode.startswith('I'):  # 16-bit grey: Pillow would clip it instead of scaling it
             grey = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
             return np.repeat(grey[:, :, None], 3, axis=2)
-        # By way of RGBA, since Pillow warns if a palette with transparency becomes RGB directly.
+        # Through RGBA, because Pillow warns if a palette with transparency becomes RGB directly.
         opaque = image.convert('RGBA') if 'transparency' in image.info else image
         return np.asarray(opaque.convert('RGB'))
 
@@ -52,8 +52,8 @@ def decode_image(content: bytes, name: str) -> np.ndarray:
 def decode_label(content: bytes, name: str) -> np.ndarray:
     """Decodes a label map to the stored values: integers [H, W], the indices if it has a palette.
 
-    Raises UserError, which calls the label `name`, if it cannot be decoded, has several values a
-    pixel or is a JPEG.
+    Raises UserError, with `name` in its message, if the label cannot be decoded, has several values
+    a pixel or is a JPEG.
     """
     with _decoding(content, name) as image:
         packed = str(image.tile[0][3]) if image.tile else ''
@@ -74,9 +74,9 @@ def decode_label(content: bytes, name: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def _decoding(content: bytes, name: str) -> Iterator[ImageFile.ImageFile]:
-    """Opens an image; whatever Pillow raises in the block becomes a UserError that calls it `name`.
+    """Opens an image; any error of Pillow in the block becomes a UserError with `name` in it.
 
-    Checks the checksums of a PNG, since Pillow's decoder stops at the last pixel without doing so.
+    Checks the checksums of a PNG, because Pillow's decoder stops at the last pixel and does not.
     """
     try:
         if content.startswith(b'\x89PNG'):
@@ -97,7 +97,7 @@ def to_classes(stored: np.ndarray, table: np.ndarray, space: LabelSpace, name: s
     """Translates stored values [H, W] to classes, uint8 [H, W].
 
     table: from stored values to classes, uint8 [256].
-    Raises UserError, which calls the label `name` and guesses the cause, if a value is no class.
+    Raises UserError, with `name` and the likely cause, if a value is not a class.
     """
     if stored.dtype != np.uint8:
         if stored.min() < 0 or stored.max() > 255:
@@ -143,8 +143,8 @@ def read_bytes(path: str) -> bytes:
 def exists(path: str) -> bool:
     """Returns whether there is something at a path.
 
-    Raises UserError for an address that TensorFlow does not know or may not read, and PassingError
-    if a disk or a bucket does not answer.
+    Raises UserError for an address that TensorFlow cannot or may not read, and PassingError if a
+    disk or a bucket does not answer.
     """
     with naming(path):
         try:
@@ -187,7 +187,7 @@ def naming(path: str) -> Iterator[None]:
             raise
         if getattr(error, 'error_code', None) == _UNIMPLEMENTED:
             raise UserError(
-                f'{path}: TensorFlow knows no {path.partition("://")[0]}://; mount the bucket '
+                f'{path}: TensorFlow cannot read {path.partition("://")[0]}://; mount the bucket '
                 '(mountpoint-s3, gcsfuse) and give its local path, as data.root or --data_dir'
             ) from None
         kind = PassingError if is_passing(error) else UserError
@@ -195,7 +195,7 @@ def naming(path: str) -> Iterator[None]:
 
 
 def gfile() -> Any:
-    """Returns TensorFlow's file system, which knows buckets."""
+    """Returns TensorFlow's file system, which can read buckets."""
     import tensorflow as tf  # here, since it takes seconds and only addresses need it
 
     return tf.io.gfile

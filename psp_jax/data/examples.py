@@ -1,4 +1,4 @@
-"""What an example is, and what a source of examples is; the sources themselves are elsewhere."""
+"""What an example is, and what a source of examples is; sources.py has the sources."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from psp_jax.errors import UserError
 
 
 class Encoded(NamedTuple):
-    """An example as it is stored: the bytes of image and label map, and what messages call them.
+    """An example as it is stored: the bytes of image and label map, and their names in messages.
 
     In a split without labels `label` is b'' and `label_name` is ''.
     """
@@ -26,7 +26,7 @@ class Encoded(NamedTuple):
 class Source(NamedTuple):
     """Examples 0..length-1. It holds no open files, so any number of threads may read from it.
 
-    name: index -> what messages call the example (its paths, or 'scene 17').
+    name: index -> the name of the example in messages (its paths, or 'scene 17').
     read: index -> (image uint8 [H, W, 3] RGB, label uint8 [H, W] classes, 255 = ignore); raises
         UserError, naming the file, if the example is missing or bad.
     files: the (image, label) paths; empty if examples are not single files.
@@ -42,7 +42,7 @@ class Source(NamedTuple):
     encoded: Callable[[int], Encoded] | None = None
 
     def names(self, index: int) -> tuple[str, str]:
-        """Returns what messages call image and label of an example: their paths, if any."""
+        """Returns the names of image and label of an example in messages: their paths, if any."""
         return self.files[index] if self.files else (self.name(index),) * 2
 
 

@@ -19,7 +19,7 @@ UNLABELLED = (32, 32, 32)  # the colour of such pixels in pictures
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """The classes 0..N-1 of a data set, and what is special about the data set."""
+    """The classes 0..N-1 of a data set, and what else its files and benchmark need."""
 
     names: tuple[str, ...]
     colors: np.ndarray  # uint8 [N, 3] RGB
@@ -109,7 +109,7 @@ def _named(table: str, **fields: Any) -> LabelSpace:
     return LabelSpace(tuple(name for name, _, _ in rows), colors, **fields)
 
 
-# The label spaces that data.classes can name. A further data set is one more entry.
+# The label spaces that data.classes can name. To add a data set, add an entry.
 LABEL_SPACES: dict[str, LabelSpace] = {
     'ade20k': _named(
         _ADE20K, label_map='minus_one', server_ids=tuple(range(1, 151)), challenge_score=True
@@ -195,7 +195,7 @@ def label_table(label_map: str) -> np.ndarray:
 def published_map(space: LabelSpace, values: Sequence[int]) -> str:
     """Returns the map of the published files of `space` if `values` can be theirs, otherwise ''.
 
-    values: stored label values that are no classes of `space`.
+    values: stored label values that are not classes of `space`.
     """
     if not space.label_map:
         return ''
@@ -215,7 +215,7 @@ def _parse_map(label_map: str) -> dict[int, int]:
         raise UserError(f'data.label_map = {label_map!r} is not a dict: {allowed}')
     for number in [*parsed.keys(), *parsed.values()]:
         if type(number) is not int or not 0 <= number <= 255:
-            raise UserError(f'data.label_map holds {number!r}: {allowed}')
+            raise UserError(f'data.label_map contains {number!r}: {allowed}')
     return parsed
 
 

@@ -1,8 +1,8 @@
 """The order of training examples, and the parallel reading of examples into batches.
 
 Training example number p of a run (p = step * batch_size + row) is a pure function of (seed, p):
-which image it is, and every random choice made on it. So a run resumes at any step at no cost, bit
-for bit, and on another number of processes.
+which image it is, and every random choice made for it. So a run resumes at any step at once, bit
+for bit, on any number of processes.
 """
 
 import atexit
@@ -30,12 +30,12 @@ T = TypeVar('T')
 
 cv2.setNumThreads(0)  # examples are processed in parallel, one thread each
 for _kind in ('GPU', 'TPU'):
-    with contextlib.suppress(RuntimeError):  # TensorFlow has started: it is too late to hide them
+    with contextlib.suppress(RuntimeError):  # if TensorFlow has started, they cannot be hidden
         tf.config.set_visible_devices([], _kind)
 
 _PREFETCH = 2  # batches ready ahead of the training step
-_TRIES = 8  # with data.on_error=skip the run ends after so many bad examples in a row
-# The first byte of the message of an example that no other replaces, and the error it becomes.
+_TRIES = 8  # with data.on_error=skip the run ends after this many bad examples in a row
+# First byte of the message of a bad example that no other example replaces -> error to raise.
 _ERRORS = {b'\0': UserError, b'\1': PassingError}
 
 
@@ -43,8 +43,8 @@ def example_index(positions: np.ndarray, length: int, seed: int) -> np.ndarray:
     """Returns the index in the source of training example number `positions`.
 
     positions: int64 [n], >= 0; length: examples in the source; seed: the run's.
-    Returns int64 [n] in 0..length-1. Each epoch, that is `length` positions from a multiple of
-    `length` on, is a permutation of its own, which also depends on the seed.
+    Returns int64 [n] in 0..length-1. Each epoch, `length` positions from a multiple of `length` on,
+    has its own permutation, which also depends on the seed.
     """
     positions = np.asarray(positions, np.int64)
     epochs = positions // length
@@ -71,9 +71,9 @@ class _Loader:
     def load(self, position: np.int64, index: np.int64) -> tuple[np.ndarray, np.ndarray, bytes]:
         """Returns image, label and error message of one training example.
 
-        TensorFlow would wrap an exception, so the message travels with the batch instead. b'': the
-        example is good; starting with a key of _ERRORS: it is bad, image and label are blank; other
-        messages: it is bad, image and label are those of the next good example.
+        TensorFlow would wrap an exception, so the batch has the message instead. b'': the example
+        is good. A message that starts with a key of _ERRORS: it is bad, and image and label are
+        blank. Other messages: it is bad, and image and label are those of the next good example.
         """
         first, skips = b'', self.data.on_error == 'skip'
         for other in range(_TRIES if skips else 1):
@@ -163,7 +163,7 @@ def _checked(batches: tf.data.Dataset) -> Generator[dict[str, Any], None, None]:
 
 
 def _closed_at_exit(iterator: Generator[T, None, None]) -> Generator[T, None, None]:
-    """Has a TensorFlow iterator closed before Python shuts down.
+    """Closes a TensorFlow iterator before Python shuts down.
 
     Otherwise it waits for threads that wait for Python, and the process never ends.
     """
@@ -180,8 +180,8 @@ def _closed_at_exit(iterator: Generator[T, None, None]) -> Generator[T, None, No
 def read_ahead(read: Callable[[K], T], keys: Iterable[K], threads: int) -> Iterator[T]:
     """Yields read(key) for all `keys`, in their order.
 
-    threads: how many read at the same time (0 = all cores); twice as many are read ahead. An error
-    of `read` is raised in the place of its result.
+    threads: how many read at the same time (0 = all cores); twice as many results are read ahead.
+    An error of `read` is raised when its result is due.
     """
     threads = threads or os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads)

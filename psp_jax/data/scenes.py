@@ -2,9 +2,9 @@
 
 They need context, as in section 3.1 of the PSPNet paper: the same pixels on the same surroundings
 are a `car` in a street and a `boat` in a harbour. A street has buildings, a harbour has water and a
-crane. These are on the other side of the image, at least `CUE_DISTANCE` pixels from every car or
-boat. Everything nearer (sky, ground, trees, persons, lamps) is equal, pixel for pixel, in both
-kinds of scene.
+crane. Buildings, water and crane are on the other side of the image, at least `CUE_DISTANCE`
+pixels from every car or boat. Everything nearer (sky, ground, trees, persons, lamps) is equal,
+pixel for pixel, in both kinds of scene.
 
 Scene number `index` is a pure function of `index`. It uses only Philox's raw words and integer
 arithmetic, so every machine and every version of NumPy draws the same pixels.
@@ -25,7 +25,7 @@ CUE_DISTANCE = 40  # pixels nearer to a car or boat are equal in a street and a 
 # Columns before half of the images are mirrored: vehicles on [1, 40], kind of scene from 82 on.
 _VEHICLE_END, _CUE_START = 41, 82
 
-# The same paints for walls, cranes, lamps, clothes and vehicles: colour alone tells no class.
+# Walls, cranes, lamps, clothes and vehicles share these paints: colour alone shows no class.
 _PAINTS = (
     (196, 70, 58), (66, 104, 172), (218, 178, 70), (84, 136, 98), (212, 210, 204),
     (156, 104, 76), (120, 126, 138), (224, 136, 66), (112, 172, 196),
@@ -72,7 +72,7 @@ def scene_kind(index: int) -> int:
 
 
 def draw_kind(index: int, kind: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws scene `index` as a street or as a harbour; what both have in common is the same."""
+    """Draws scene `index` as a street or as a harbour; the parts that both have are equal."""
     dice = _dice(index, 'scene')
     canvas = _Canvas(np.empty((HEIGHT, WIDTH, 3), np.int16), np.empty((HEIGHT, WIDTH), np.uint8))
     horizon, front = dice(25, 30), dice(55, 58)  # from row `front` on, the ground is free again

@@ -15,7 +15,7 @@ from psp_jax.errors import UserError
 
 PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.gif')
 
-Pair = tuple[str, str]  # the paths of an image and of its label; '' for a label that is not there
+Pair = tuple[str, str]  # the paths of an image and of its label; '' if there is no label
 
 
 def make_source(data: ConfigDict, split: str) -> Source:
@@ -25,7 +25,7 @@ def make_source(data: ConfigDict, split: str) -> Source:
                 'dirs':      data[split] is 'IMAGES_DIR,LABELS_DIR'
                 'tfds:NAME': data[split] is a split of the TFDS data set NAME: 'train[:90%]'
                 'scenes':    data[split] is 'FIRST:LAST', scenes FIRST to LAST - 1
-    The split 'test' may have images alone: lines `image`, or 'IMAGES_DIR'.
+    The split 'test' may have no labels: lines `image`, or 'IMAGES_DIR'.
     Paths are relative to data.root, absolute, or of the form scheme://...; for TFDS data.root is
     the folder of all its data sets ('' = its default). 'list:FOLDER' is short for 'list' with
     data.root=FOLDER.
@@ -74,7 +74,7 @@ def _scenes_source(data: ConfigDict, split: str) -> Source:
     return Source(len(indices), name, read)
 
 
-# By what stands before the colon in data.source.
+# Keys: the part of data.source before the colon.
 SOURCES: dict[str, Callable[[ConfigDict, str], Source]] = {
     'list': _paired_source,
     'dirs': _paired_source,
@@ -101,7 +101,7 @@ def check_source(source: Source, examples: int = 64, skip: bool = False) -> str:
 
     skip: whether bad examples are allowed. Raises the UserError of the first problem, in the order
     of the set; with `skip` only if most files are missing or all examples that were read are bad.
-    Returns what a message about the set should add, or ''.
+    Returns a note for the message about the set, or ''.
     """
     with ThreadPoolExecutor(32) as pool:
         paths = [path for pair in source.files for path in pair if path]
@@ -124,7 +124,7 @@ def check_source(source: Source, examples: int = 64, skip: bool = False) -> str:
         bad = [error for error in pool.map(problem, picks) if error]
     if len(bad) == len(picks):
         raise bad[0]
-    return f'; of {len(picks)} that were tried {len(bad)} cannot be read' if bad else ''
+    return f'; {len(bad)} of {len(picks)} examples that were tried cannot be read' if bad else ''
 
 
 def find_pairs(data: ConfigDict, split: str) -> tuple[list[Pair], list[str]]:
@@ -203,7 +203,7 @@ def _dir_pairs(data: ConfigDict, split: str) -> tuple[list[Pair], list[str]]:
     return pairs, problems
 
 
-# The kinds of sources whose examples are single files, and what finds these.
+# The kinds of sources whose examples are single files, and the functions that find these files.
 PAIRS: dict[str, Callable[[ConfigDict, str], tuple[list[Pair], list[str]]]] = {
     'list': _list_pairs,
     'dirs': _dir_pairs,
@@ -213,7 +213,7 @@ PAIRS: dict[str, Callable[[ConfigDict, str], tuple[list[Pair], list[str]]]] = {
 def _list_dir(folder: str) -> tuple[dict[str, str], list[str]]:
     """Returns the images under a folder by their relative path without the suffix.
 
-    And a message for each whose path without the suffix is that of another.
+    Also returns a message for each image whose path without the suffix equals that of another.
     """
     remote = '://' in folder
     if not (exists(folder) and (gfile() if remote else os.path).isdir(folder)):
@@ -238,13 +238,13 @@ def _list_dir(folder: str) -> tuple[dict[str, str], list[str]]:
 
 
 def _stop(error: OSError) -> None:
-    """Ends a walk if a disk fails: the folder must not pass for an empty one."""
+    """Raises the error if a disk fails; otherwise the folder would seem to be empty."""
     if is_passing(error):
         raise error
 
 
 def _full_path(root: str, path: str) -> str:
-    """Returns a path of the configuration or of a list: relative ones lie in `root`."""
+    """Returns a path of the configuration or of a list; relative paths start in `root`."""
     return path if '://' in path else os.path.join(root, os.path.expanduser(path))
 
 

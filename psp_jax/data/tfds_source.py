@@ -33,7 +33,7 @@ class Records:
         return len(self.records)
 
     def name(self, index: int) -> str:
-        """Returns what messages call an example: 'NAME/SPLIT/FILE', or its number."""
+        """Returns the name of an example in messages: 'NAME/SPLIT/FILE', or its number."""
         return self._name(index, self._read(index))
 
     def encoded(self, index: int) -> Encoded:
@@ -79,7 +79,7 @@ def open_split(data: ConfigDict, split: str) -> Records:
     folder = _version_folder(name, root)
     try:
         builder = tfds.builder_from_directory(folder)
-    except Exception as error:  # a folder that is damaged or not ours to read
+    except Exception as error:  # a folder that is damaged or may not be read
         kind = PassingError if is_passing(error) else UserError
         reason = ' '.join(str(error).split())
         raise kind(f'{prefix}: {folder} cannot be opened ({reason})') from error
@@ -109,11 +109,11 @@ def open_split(data: ConfigDict, split: str) -> Records:
 def _version_folder(name: str, root: str) -> str:
     """Returns the folder of a data set 'NAME[:VERSION]', without a version that of the newest.
 
-    By folders alone: TFDS's own builder of the same name must not take the place of ours.
+    Looks at folders only, so that it never returns TFDS's own builder of the same name.
     """
     base, _, version = name.partition(':')
     folder = f'{root or tfds.core.constants.DATA_DIR}/{base}'
-    there = exists(folder)  # also checks that the address is one that TensorFlow knows
+    there = exists(folder)  # also checks that TensorFlow can read the address
     versions = tfds.core.utils.version.list_all_versions(folder) if there else []
     known = [str(found) for found in versions]
     if not known:
@@ -130,7 +130,7 @@ def _command(name: str, root: str) -> str:
 
 
 def _feature(features: Any, channels: int, usual: Sequence[str], prefix: str) -> str:
-    """Returns the feature of so many channels; of several the one with a usual name."""
+    """Returns the feature with this number of channels; of several the one with a usual name."""
     keys = [
         key
         for key, feature in features.items()

@@ -21,13 +21,13 @@ from psp_jax.errors import PassingError, UserError
 
 _FOLDERS = {
     'data_dir': 'where the data set goes, gs:// too (default: ~/tensorflow_datasets)',
-    'manual_dir': 'where archives lie already (default: DOWNLOAD_DIR/manual)',
-    'download_dir': 'where other archives go (default: DATA_DIR/downloads)',
+    'manual_dir': 'the folder of archives that you have (default: DOWNLOAD_DIR/manual)',
+    'download_dir': 'where downloaded archives go (default: DATA_DIR/downloads)',
 }
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
-    """Returns the flags; raises UserError for an unknown one or a folder that is none."""
+    """Returns the flags; raises UserError for an unknown flag or a path that is not a folder."""
     parser = Parser(
         prog='python -m psp_jax.datasets',
         description='Prepares a data set, downloading what it can: for data.source=tfds:NAME.',
@@ -51,7 +51,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
             continue
         there = exists(folder)  # raises UserError for an address that cannot be read
         if '://' not in folder and (there or flag == 'manual_dir') and not os.path.isdir(folder):
-            raise UserError(f'--{flag}={folder}: is no folder')
+            raise UserError(f'--{flag}={folder}: is not a folder')
     return flags
 
 
@@ -104,11 +104,11 @@ def prepare(builder: Any, folders: Mapping[str, str | None]) -> None:
 
     config = tfds.download.DownloadConfig(manual_dir=folders['manual_dir'])
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces data of an unknown size
+        with contextlib.redirect_stdout(io.StringIO()):  # hides TFDS's line about an unknown size
             builder.download_and_prepare(
                 download_dir=folders['download_dir'], download_config=config
             )
-    except AssertionError as error:  # TFDS says so that manual_dir lacks something
+    except AssertionError as error:  # how TFDS reports that manual_dir lacks something
         if 'anual' not in str(error):
             raise
         raise UserError(f'{builder.name}: {" ".join(str(error).split())}') from error
@@ -120,7 +120,7 @@ def prepare(builder: Any, folders: Mapping[str, str | None]) -> None:
         if disk_is_full(error):
             raise
         advice = '; an archive that cannot be downloaded here may be put into --manual_dir'
-        if getattr(error, 'filename', None):  # it is not the network
+        if getattr(error, 'filename', None):  # an error of a file, not of the network
             advice = ''
         kind = PassingError if is_passing(error) else UserError
         raise kind(f'{builder.name}: {" ".join(str(error).split())}{advice}') from error

@@ -13,7 +13,7 @@ class Ade20k(common.FoldersBuilder, skip_registration=True):  # type: ignore[cal
     stands for "other" in the archive. A few labels of the training split hold no class at all.
 
     Terms: the labels are under the BSD 3-clause licence, the images for non-commercial research
-    and education alone (https://groups.csail.mit.edu/vision/datasets/ADE20K/terms/).
+    and education only (https://groups.csail.mit.edu/vision/datasets/ADE20K/terms/).
     """
 
     CLASSES = 'ade20k'

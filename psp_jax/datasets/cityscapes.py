@@ -1,6 +1,6 @@
 """TFDS builder of Cityscapes: `python -m psp_jax.datasets cityscapes --manual_dir FOLDER`.
 
-FOLDER holds the archives, which its site gives after a login.
+FOLDER has the archives, which can be downloaded from the data set's site after a login.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ def _part(published: int, split: str, archives: tuple[str, str], kind: str) -> c
 class Cityscapes(common.FoldersBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Cityscapes, street scenes of 2048 x 1024 pixels: 19 classes.
 
-    Splits: train (2,975 images), val (500) and test (1,525) with fine labels; and, if its two
-    archives are there, train_extra (19,998) with coarse labels. Labels are train ids 0..18; 255 is
+    Splits: train (2,975 images), val (500) and test (1,525) with fine labels. If its two archives
+    are there, also train_extra (19,998) with coarse labels. Labels are train ids 0..18; 255 is
     ignored. The labels of test are not published: here they are all 255. In train_extra the image
     troisdorf_000000_000073 is black and its label holds no class.
 

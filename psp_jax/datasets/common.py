@@ -2,7 +2,8 @@
 
 A builder takes images and labels out of the archives that the data set's authors publish, without
 unpacking them. It stores the bytes of the image as they are, and a PNG of class ids. Pillow writes
-that PNG: TFDS would start a TensorFlow session for it, which takes hold of an accelerator.
+that PNG, because TFDS would start a TensorFlow session for it, and this would occupy an
+accelerator.
 """
 
 import contextlib
@@ -108,7 +109,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
         try:
             folder = dl_manager.manual_dir
             found = {name: folder / name for name in names if (folder / name).exists()}
-        except AssertionError:  # TFDS says so that the folder is missing or empty
+        except AssertionError:  # how TFDS reports that the folder is missing or empty
             folder, found = '--manual_dir', {}
         missing = {name: self.ARCHIVES[name] for name in names if name not in found}
         manual = [name for name, address in missing.items() if not address]
@@ -129,10 +130,10 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
         published: the number of images in the published split; another number is a warning.
         read_label: name of a label -> its stored values uint8 [H, W]; the label space's label_map
             turns them into classes.
-        Raises UserError, naming the files, if a value is no class or sizes differ.
+        Raises UserError, naming the files, if a value is not a class or sizes differ.
         """
         if not pairs:
-            raise UserError(f'{split}: the archives hold no image of it; {published} are published')
+            raise UserError(f'{split}: the archives have no image of it; {published} are published')
         if len(pairs) != published:
             self.warnings.append(f'{split}: {len(pairs)} images, but {published} are published')
         space = label_space(self.CLASSES)
@@ -189,7 +190,7 @@ class FoldersBuilder(Builder, skip_registration=True):  # type: ignore[call-arg]
 class ExampleWriter(writer.ExampleWriter):
     """TFDS's writer, which also writes array_record to an address such as gs://.
 
-    The library of array_record writes local files alone.
+    The library of array_record writes only local files.
     """
 
     def write(self, path: epath.PathLike, examples: Iterable[Any]) -> Any:
@@ -223,7 +224,7 @@ def naming_archive(path: epath.PathLike) -> Iterator[None]:
 
 
 def open_zip(path: epath.PathLike) -> Archive:
-    """Opens a zip file, local or in a bucket. Raises UserError if it is none or is cut off."""
+    """Opens a zip file, local or in a bucket. Raises UserError if it is damaged or cut off."""
     with naming_archive(path):
         file = zipfile.ZipFile(epath.Path(path).open('rb'))
     names = frozenset(name for name in file.namelist() if not name.endswith('/'))
@@ -231,7 +232,7 @@ def open_zip(path: epath.PathLike) -> Archive:
 
 
 def files_in(archive: Archive, folder: str, suffix: str) -> dict[str, str]:
-    """Returns the files under a folder that end in `suffix`: {what is between the two: name}."""
+    """Returns the files under a folder that end in `suffix`: {the part between the two: name}."""
     start, end = len(folder), -len(suffix)
     return {
         name[start:end]: name

@@ -101,11 +101,11 @@ def compile_program(
 ) -> dict[str, Any]:
     """Compiles a traced program and returns what it needs.
 
-    arguments: bytes of its arguments on a device, by name; beside: bytes of what else lies on the
-    device at that time. Returns `flops` (of all devices), `bytes` (of a device, by name, and their
-    `total`), `fits`, `collectives`, `cycles`, `unknown_loops` and `compile_seconds`. If the
-    compiler itself finds the program too large, `total` is what its error says (or None), and
-    `message` is the first line of that error.
+    arguments: bytes of its arguments on a device, by name; beside: bytes of the other arrays on
+    the device at that time, by name. Returns `flops` (of all devices), `bytes` (of a device, by
+    name, and their `total`), `fits`, `collectives`, `cycles`, `unknown_loops` and
+    `compile_seconds`. If the compiler itself finds the program too large, `total` is what its error
+    says (or None), and `message` is the first line of that error.
     """
     result: dict[str, Any] = {'flops': count_flops(traced.jaxpr.jaxpr)}
     start = time.perf_counter()
@@ -126,7 +126,7 @@ def compile_program(
     memory = compiled.memory_analysis()
     sizes = {
         **arguments,
-        # TPUs pad arrays to tiles. Arguments that the program does not use are not counted by it.
+        # TPUs pad arrays to tiles. The compiler does not count unused arguments.
         'padding': max(memory.argument_size_in_bytes - sum(arguments.values()), 0),
         'activations': memory.temp_size_in_bytes,
         'outputs': memory.output_size_in_bytes - memory.alias_size_in_bytes,

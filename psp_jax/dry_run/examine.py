@@ -1,8 +1,8 @@
 """`--mode dry_run`: does a configuration fit a machine, and how fast might it be?
 
 Training and evaluation are compiled from shapes, for the devices of this machine or for a machine
-that is not there. No program runs, no array is made and no checkpoint is touched. The
-compiled programs are the ones that training and evaluation use themselves.
+that you do not have. No program runs, no array is made and no checkpoint is read. The compiled
+programs are those that training and evaluation use.
 """
 
 import importlib.metadata
@@ -188,7 +188,7 @@ class Call:
 def trace_network(
     run: Run, local: jax.sharding.Mesh, variables: Any, shape: Size, windows: int
 ) -> Call:
-    """The network on inputs of a (height, width), for images that have so many windows."""
+    """The network on inputs of a (height, width), for images with this number of windows."""
     programs = make_programs(run.setup, local)
     inputs = programs.input_shapes(shape, windows)
     return Call(programs.network.trace(variables, *inputs), inputs)
@@ -197,8 +197,8 @@ def trace_network(
 def examine_evaluation(run: Run) -> dict[str, Any]:
     """The figures of the network in evaluation; see `costs.compile_program`.
 
-    Each process evaluates images of its own on its own devices, so this is the program of one
-    process. If the views of an image have several input shapes, it is the one with the largest.
+    Each process evaluates its own images on its own devices, so this is the program of one process.
+    If the views of an image have several input shapes, it is the program of the largest.
     """
     config, machine = run.setup.config, run.machine
     host = topology.devices_of_first_host(machine.devices)
@@ -223,7 +223,7 @@ def examine_evaluation(run: Run) -> dict[str, Any]:
     found = compile_program(call.traced, machine, arguments, beside)
     flops_of = {s: count_flops(c.traced.jaxpr.jaxpr) / c.count for s, c in calls.items()}
     flops = sum(n * flops_of[shape] for n, shape in zip(windows, shapes, strict=True))
-    images = found['flops'] / flops  # whose work one call does
+    images = found['flops'] / flops  # that one call completes
     if protocol_of(config).slides:  # the last call of an image may be half empty
         images = local.size / -(-sum(windows) // per_device)
     each = found['flops'] / local.size  # of a device

@@ -30,7 +30,7 @@ def heading(result: dict[str, Any]) -> str:
 def data_line(data: dict[str, Any]) -> str:
     """Whether the first training batch could be read."""
     if not data['read']:
-        return f'data: not tried, since they cannot be read here ({data["reason"]})'
+        return f'data: no batch, because they cannot be read here ({data["reason"]})'
     shape = ' x '.join(map(str, data['shape']))
     return (
         f'data: {data["images"]:,} training images; the first batch, {shape}, read in '

@@ -1,4 +1,4 @@
-"""Machines that a program can be compiled for: this one, or TPUs and GPUs that it does not have.
+"""Machines to compile for: this machine, or TPUs and GPUs that it does not have.
 
 The compilers for other machines are in optional packages (requirements-topology.txt): libtpu for
 TPUs, JAX's CUDA plugin for NVIDIA's GPUs.
@@ -103,7 +103,7 @@ device_description_str: "{name}"
 def find_machine(name: str | None) -> Machine:
     """The machine with a name such as 'v5e:2x4' or 'h100:8'; None = this machine.
 
-    With a name, call it before anything else uses JAX, which then sees CPUs only. Raises UserError
+    With a name, call this before anything else uses JAX; JAX then sees only CPUs. Raises UserError
     if the name is unknown, no slice has the shape, or the compiler is not installed.
     """
     if name is None:
@@ -116,7 +116,7 @@ def find_machine(name: str | None) -> Machine:
             '(h100:8) or hosts x GPUs (h100:2x8)'
         )
     sides = [int(side) for side in shape.split('x')]
-    jax.config.update('jax_platforms', 'cpu')  # nothing runs: leave accelerators of this host alone
+    jax.config.update('jax_platforms', 'cpu')  # nothing runs: do not start this host's accelerators
     return _tpus(name, kind, sides) if kind in TPUS else _gpus(name, kind, sides)
 
 

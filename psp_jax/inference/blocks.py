@@ -1,4 +1,4 @@
-"""Blocks of an image: what a device works on at a time, in nearly all cases the whole image."""
+"""Blocks of an image: a device works on one at a time. Nearly always it is the whole image."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -18,7 +18,7 @@ LEAST_SIDE = 64  # pixels; blocks are not cut smaller
 
 
 class Part(NamedTuple):
-    """What one view gives to a block: its windows, and the taps that lead to the block's pixels."""
+    """One view's share of a block: its windows, and the taps that resize to the block's pixels."""
 
     image: np.ndarray  # [H, W, 3], resized and padded
     view: View
@@ -40,7 +40,7 @@ class Block(NamedTuple):
 
 
 def blocks(image: np.ndarray, config: ConfigDict) -> list[Block]:
-    """All views of an image uint8 [H, W, 3], in as many blocks as the devices' memory asks for."""
+    """All views of an image uint8 [H, W, 3], in blocks that fit into the devices' memory."""
     size = image.shape[0], image.shape[1]
     seen = views(size, config)
     images = [padded_image(image, view, config) for view in seen]
@@ -77,13 +77,13 @@ def divide(seen: Sequence[View], size: Size, config: ConfigDict) -> tuple[Size, 
 
 
 def spans(size: int, count: int) -> list[tuple[int, int]]:
-    """(start, stop) of `count` stretches that cover an axis."""
+    """(start, stop) of `count` intervals that cover an axis."""
     edges = [i * size // count for i in range(count + 1)]
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
 def windows_over(axis: Axis, start: int, stop: int) -> tuple[int, ...]:
-    """The starts of the windows that pixels start..stop-1 get scores from."""
+    """The starts of the windows whose scores reach pixels start..stop-1."""
     places, weight = (x[start:stop] for x in axis.taps)
     used = places[weight > 0]
     return tuple(s for s in axis.starts if s <= used.max() and s + axis.window > used.min())

@@ -2,8 +2,8 @@
 
 Each image lies at the top left of its array. BatchNorm and biases make the padding non-zero; it is
 set back to zero before each module that looks beyond its own cell. So every image gets the logits
-that it would get alone. The network itself knows nothing of this: flax's `intercept_methods`
-changes the inputs of its modules.
+that it would get alone. The network's own code does not change: flax's `intercept_methods` changes
+the inputs of its modules.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def apply_to_padded(
     """Logits [B, ceil(H/8), ceil(W/8), classes] of images [B, H, W, 3], in test mode.
 
     sizes: int32 [B, 2], the true (height, width) of each. The logits of an image's own
-    ceil(height/8) x ceil(width/8) cells do not depend on H and W; the others mean nothing.
+    ceil(height/8) x ceil(width/8) cells do not depend on H and W; the others are meaningless.
     Modules with a `reach` see zeros in the padding. Modules with `takes_cells`, such as the
     pyramid, get the true (height, width) of each map as the keyword `cells`, int32 [B, 2].
     """

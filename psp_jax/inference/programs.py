@@ -1,6 +1,6 @@
 """The compiled programs that turn blocks of images into class probabilities.
 
-Each device works on images of its own. `network` runs the network on inputs of one shape. If
+Each device works on its own images. `network` runs the network on inputs of one shape. If
 windows slide, `add_window` adds their scores on canvases of fixed shape. `tile_program` resizes
 canvases to a tile of the image's own pixels. Sizes and places differ from image to image: they are
 data, so that few programs serve all images.
@@ -65,7 +65,7 @@ def window_scores(
     pairs = logits.reshape(2 if mirrored else 1, -1, *logits.shape[1:]).swapaxes(0, 1)
     if mirrored:
         pairs = pairs.at[:, 1].set(pairs[:, 1, :, ::-1])
-    # One at a time: the logits of all windows at full resolution would take much memory.
+    # One window at a time: all logits at full resolution would take much memory.
     scores = lax.map(lambda window: scores_of_window(*window, shape=shape, run=run), (pairs, sizes))
     return scores[None]
 
@@ -88,7 +88,7 @@ def add_window(
 ) -> jax.Array:
     """Adds the scores [1, K, h, w, C] of window `slot` to a canvas [1, H, W, C].
 
-    place: int32 [1, 2], the window's top left cell; first: bool, clears the canvas before.
+    place: int32 [1, 2], the window's top left cell; first: bool, whether to clear the canvas first.
     """
     canvas = lax.cond(first, jnp.zeros_like, lambda x: x, canvas[0])
     window = scores[0, slot]
@@ -132,7 +132,7 @@ def results_of_tile(
 def by_device(
     function: Callable[..., Any], mesh: Mesh, shared: Sequence[bool], **options: Any
 ) -> jax.stages.Wrapped:
-    """jit of `function`, run by each device on its own rows of the arguments.
+    """jit of `function`; each device runs it on its own rows of the arguments.
 
     shared: for each argument, whether every device gets it whole.
     """
@@ -152,7 +152,7 @@ def tile_program(on_tile: Callable[..., Any], protocol: Protocol, mesh: Mesh) ->
 
 
 def on_local_devices(tree: Any, mesh: Mesh) -> Any:
-    """A tree of arrays, whole on each device of a process's own mesh, not copied if it is there."""
+    """A tree of arrays on each device of a process's own mesh; no copy if it is there already."""
 
     def place(x: Any) -> jax.Array:
         x = jnp.asarray(x)
@@ -208,7 +208,7 @@ class WholeImages:
 
 @dataclass(frozen=True)
 class SlidingWindows:
-    """The programs of a protocol whose windows slide over an image; each device has its own."""
+    """The programs of a protocol whose windows slide over an image; a device has one image."""
 
     run: Setup
     mesh: Mesh
@@ -233,7 +233,7 @@ class SlidingWindows:
     def windows_per_call(self, windows: int) -> int:
         """How many windows `network` takes from a block at a time; the block has `windows`.
 
-        A power of two if there are few, for few programs.
+        A power of two if the block has few windows, so that there are few programs.
         """
         most = -(-self.run.config.eval.batch_size // self.mesh.size)
         return min(most, 1 << (windows - 1).bit_length())
@@ -285,7 +285,7 @@ def make_programs(run: Setup, mesh: Mesh) -> Programs:
 def cut_windows(
     blocks: Sequence[Block], chunk: Sequence[tuple[int, int]], count: int, devices: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Windows of at most `devices` blocks of one kind, each its own.
+    """Windows of at most `devices` blocks of one kind; each device gets one block.
 
     chunk: at most `count` pairs (view, number of a window in it).
     Returns windows float32 [devices, count, H, W, 3], sizes int32 [devices, count, 2] and places

@@ -1,13 +1,13 @@
 """The evaluation protocols that `eval.protocol` can name, as a table of fields.
 
     semseg       windows of the training crop over the image at each scale, mirrored too (the
-                 authors' PyTorch test; most published numbers are by it)
-    caffe        the same as the authors' first code did it in MATLAB
+                 authors' PyTorch test, which most published numbers use)
+    caffe        the same as in the authors' first code, in MATLAB
     mmseg        the image in one piece, resized by its short side
     mmseg_slide  windows as mmsegmentation slides them
     whole        the image in one piece, resized by its long side: quick, for training
 
-A further protocol is one more entry, such as dataclasses.replace(PROTOCOLS['semseg'], ...).
+To add a protocol, add an entry, such as dataclasses.replace(PROTOCOLS['semseg'], ...).
 Sizes are (height, width) in pixels.
 """
 
@@ -54,7 +54,7 @@ def by_long_side_in_matlab(size: Size, scale: float, config: ConfigDict) -> Size
 
 
 def by_short_side(size: Size, scale: float, config: ConfigDict) -> Size:
-    """The short side becomes base_size * scale, unless the long side is above its maximum then."""
+    """The short side becomes base_size * scale, or less, so that the long side is not too long."""
     base = config.eval.base_size
     factor = min(mmseg_long_side(base) / max(size), base / min(size)) if base else 1.0
     return _scaled(size, factor, lambda side: _round_half_up(side * scale))
@@ -97,7 +97,7 @@ def by_matlab(image: np.ndarray, size: Size) -> np.ndarray:
     for axis in (0, 1):
         taps = matlab_taps(resized.shape[axis], size[axis])
         resized = _resize_axis(resized, taps, axis)
-    # Halves are rounded up, whatever rounding errors did to them.
+    # Rounds halves up, even those that rounding errors made smaller.
     return np.floor(np.clip(resized, 0, 255) + 0.5 + 1e-9).astype(np.float32)
 
 
@@ -109,7 +109,7 @@ def opencv_taps(size: int, new_size: int, align_corners: bool = False) -> Taps:
 def matlab_taps(size: int, new_size: int, align_corners: bool = False) -> Taps:
     """MATLAB's imresize(..., 'bilinear') of an axis; weights sum to 1.
 
-    If it shrinks, the triangle is as wide as a new pixel (antialiasing). The axis is mirrored
+    If the axis shrinks, the triangle is as wide as a new pixel (antialiasing). The axis is mirrored
     beyond its edges.
     """
     factor = new_size / size
@@ -130,8 +130,8 @@ def _resize_axis(x: np.ndarray, taps: Taps, axis: int) -> np.ndarray:
     return sum(np.take(x, cells, axis) * weight.reshape(shape) for cells, weight in columns)
 
 
-# ---- Scores of a window, from the logits [1, h, w, classes] of it, or [2, h, w, classes] if its
-# mirror image was seen, too: [h, w, classes]
+# ---- Scores [h, w, classes] of a window, from its logits [1, h, w, classes], or [2, h, w, classes]
+# with those of its mirror image
 
 
 def mean_logits(logits: jax.Array) -> jax.Array:
@@ -157,7 +157,7 @@ class Protocol:
     seen_size: Callable[[Size, float, ConfigDict], Size]
     # eval.base_size -> the most pixels that the long side of an image has at scale 1.
     longest_side: Callable[[int], int] = base_side
-    # Whether seen sizes are such that the network needs no padding at eval.multiple=8.
+    # Whether resized images need no padding at eval.multiple=8.
     stride_aligned: bool = False
     # (uint8 [H, W, 3], size) -> the resized image, uint8 or float32.
     resize_image: Callable[[np.ndarray, Size], np.ndarray] = by_opencv
@@ -167,18 +167,19 @@ class Protocol:
     # Windows of the training crop slide over the image by this share of their side; 0: the network
     # sees the image in one piece.
     window_step: float = 0.0
-    # An image smaller than a window is padded with the mean colour, this share of the padding
-    # above and on the left; None: it is not padded, its windows are smaller.
+    # The share of padding above and on the left of an image that is smaller than a window; the
+    # padding has the mean colour. None: no padding; the windows are smaller.
     padding_before: float | None = None
-    # Whether eval.flip=auto means true, and a mirror image is seen of each window; else
-    # eval.flip=true shows the network the mirror image of each scale.
+    # True: eval.flip=auto is true, and the network sees the mirror image of each window. False:
+    # auto is false, and with eval.flip=true it sees the mirror image of each scale.
     mirrors_windows: bool = False
     # The scores that are averaged over windows, as explained above.
     window_scores: Callable[[jax.Array], jax.Array] = mean_logits
-    # Whether those are probabilities; else the softmax is taken at the image's own pixels.
+    # Whether these scores are probabilities; otherwise the softmax is taken at the image's own
+    # pixels.
     averages_probabilities: bool = False
 
-    # The protocol by which `predict` treats images too large to be seen in one piece.
+    # The protocol that `predict` uses for images too large to be seen in one piece.
     for_large_images: str = ''
 
     @property
@@ -224,7 +225,7 @@ def protocol_of(config: ConfigDict) -> Protocol:
 
 
 def flips(config: ConfigDict) -> bool:
-    """Whether mirror images are averaged in."""
+    """Whether scores are averaged over mirror images too."""
     if config.eval.flip == 'auto':
         return protocol_of(config).mirrors_windows
     return config.eval.flip == 'true'

@@ -35,9 +35,9 @@ class Job:
     blocks_left: int = field(default=0, init=False)  # whose results are still to come
 
     def add(self, pixels: Pixels, within: Pixels, result: Any) -> None:
-        """Takes what a program says of a tile; pixels: its place in the image.
+        """Takes the result of a tile; pixels: its place in the image.
 
-        within: the part of the tile that holds those pixels; the rest of it means nothing.
+        within: the part of the tile with those pixels; the rest of the tile is meaningless.
         """
         raise NotImplementedError
 
@@ -113,7 +113,7 @@ class Stream:
     def _dispatch(
         self, variables: Variables, batch: list[Example[J]]
     ) -> Iterator[tuple[Tile, Any]]:
-        """Starts the programs of a batch: each tile with its results, which are not there yet."""
+        """Starts the programs of a batch; yields each tile with its results, not yet ready."""
         blocks = [example.block for example in batch]
         protocol = blocks[0].protocol
         programs, program = self.programs[protocol], self.tile_programs[protocol]
@@ -141,7 +141,7 @@ def make_batches(examples: Iterable[list[Example[J]]], size: int) -> Iterator[li
 
 
 def collect(batch: list[Example[J]], tile: Tile, results: Any) -> Iterator[J]:
-    """Adds the results of a tile, once they are there, to their images; yields the finished ones.
+    """Waits for the results of a tile, adds them to their images, and yields the finished ones.
 
     results: a tree of arrays [B, ...].
     """
@@ -205,9 +205,9 @@ def labels_of_tile(batch: Sequence[Example[J]], place: Size, rows: int) -> tuple
 
 
 def overlap(block: Block, place: Size) -> tuple[Pixels, Pixels]:
-    """Where a tile at `place` of a block shares pixels with the image: in the tile, in the image.
+    """The pixels that a tile at `place` of a block shares with the image: (in tile, in image).
 
-    Both are empty if the tile lies beyond the block.
+    Both are empty if the tile is outside the block.
     """
     within, pixels = [], []
     for axis in (0, 1):

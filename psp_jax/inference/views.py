@@ -20,11 +20,11 @@ class Axis(NamedTuple):
     """One axis of a view, rows or columns. All but `canvas` are in pixels."""
 
     pixels: int  # of the image
-    seen: int  # that the image is resized to
-    before: int  # of padding above or on the left of it
-    padded: int  # with all padding
+    seen: int  # after the image is resized
+    before: int  # of padding above or to the left of the image
+    padded: int  # of the image with all padding
     window: int  # of each window
-    input: int  # of the network's input that holds it
+    input: int  # of the network's input, which contains a window
     canvas: int  # cells that the scores of all windows lie on
     starts: tuple[int, ...]  # of the windows; the canvas begins with the first
     taps: Taps  # from cells of the canvas, one row a pixel of the image
@@ -35,7 +35,7 @@ class View(NamedTuple):
 
     rows: Axis
     columns: Axis
-    mirror: bool  # whether it is the image's mirror image that is seen
+    mirror: bool  # whether the network sees the mirror image
 
     @property
     def seen(self) -> Size:
@@ -141,7 +141,7 @@ def rounded_up(number: int, multiple: int) -> int:
 
 
 def padded_image(image: np.ndarray, view: View, config: ConfigDict) -> np.ndarray:
-    """The image uint8 [H, W, 3] as a view has it, resized and padded: uint8 or float32."""
+    """The image uint8 [H, W, 3] resized and padded for a view: uint8 or float32."""
     resized = protocol_of(config).resize_image(image, view.seen)
     if view.mirror:
         resized = resized[:, ::-1]

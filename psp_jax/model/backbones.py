@@ -1,4 +1,4 @@
-"""The backbones that `model.backbone` can name. A further one is one more entry."""
+"""The backbones that `model.backbone` can name. To add one, add an entry to BACKBONES."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,6 +1,6 @@
 """The context modules, between backbone and head, that `model.context` can name.
 
-A further one is one more entry. Its parameters get the entry's name.
+To add one, add an entry to CONTEXTS. Its parameters get the entry's name.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Sizes that the network's stride decides. Sizes are (height, width) in pixels."""
+"""Sizes that follow from the network's stride. Sizes are (height, width) in pixels."""
 
 from ml_collections import ConfigDict
 
@@ -13,5 +13,5 @@ def crop_size(config: ConfigDict) -> Size:
 
 
 def cells(pixels: int) -> int:
-    """Cells of the features along an axis of so many pixels."""
+    """The number of feature cells along an axis of `pixels` pixels."""
     return -(-pixels // STRIDE)

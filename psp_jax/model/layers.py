@@ -1,7 +1,8 @@
 """The layers that every part of the network uses.
 
-A module with spatial reach has an attribute `reach`, in rows of its input. Evaluation of padded
-images (inference/masks.py) and images that are split over devices (mesh.py) go by it.
+A module whose output cells depend on neighbouring input cells has an attribute `reach`, in rows of
+its input. The evaluation of padded images (inference/masks.py) and the split of images over devices
+(mesh.py) use it.
 """
 
 from functools import partial
@@ -20,7 +21,7 @@ fan_in_uniform = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 def native_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
     """The compiler's own convolution with the padding of `conv`."""
-    # Explicit: where a stride of 2 meets an even size, 'SAME' pads (0, 1), the reference (1, 1).
+    # Explicit: at a stride of 2 and an even size 'SAME' pads (0, 1), but the reference (1, 1).
     pad = dilation * (kernel.shape[0] - 1) // 2
     return lax.conv_general_dilated(
         x,
@@ -37,8 +38,8 @@ def kernel_gradient_by_shifts(
 ) -> jax.Array:
     """The gradient of `native_conv` by its kernel, one matrix product for each kernel position.
 
-    Equal to the convolution that automatic differentiation writes, and two to three times faster
-    on CPUs, where that convolution misses the fast kernels.
+    Equal to the convolution that automatic differentiation makes, and two to three times faster on
+    CPUs, which have no fast kernel for that convolution.
     """
     size = kernel.shape[0]
     pad = dilation * (size - 1) // 2
@@ -51,8 +52,9 @@ def kernel_gradient_by_shifts(
         window = lax.slice(
             x, (0, top, left, 0), (batch, bottom, right, x.shape[3]), (1, stride, stride, 1)
         )
-        # Over three axes as they are: made one, they could not stay split over devices in height.
-        # The compiler transposes the first argument: `dy`, which is the same for all positions.
+        # Sums over three separate axes: flattened, they could not stay split over devices.
+        # `dy` is first, because the compiler transposes the first argument, and `dy` is the same
+        # for all positions.
         return lax.dot_general(dy, window, (((0, 1, 2), (0, 1, 2)), ((), ())))
 
     gradient = jnp.stack([position(i, j) for i in range(size) for j in range(size)])
@@ -140,7 +142,7 @@ class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe & Szegedy 2015) with the reference's running statistics.
 
     Under `jit` with the batch split over devices the mean and variance are those of the *global*
-    batch: this is synchronised batch normalisation, with no flag to set. The batch is normalised
+    batch: this is synchronised batch normalisation, always on. The batch is normalised
     by its biased variance; the running variance takes the unbiased one, as PyTorch's does (they
     differ by N/(N-1), 6.7 % in the pyramid's 1 x 1 branch at a batch of 16). Statistics are never
     of lower precision than float32.
@@ -161,7 +163,7 @@ class BatchNorm(nn.Module):
         x = x.astype(exact)
         if train:
             mean = jnp.mean(x, (0, 1, 2))
-            # The mean of squares less the square of the mean: one pass over x instead of two.
+            # The mean of squares minus the square of the mean: one pass over x instead of two.
             var = jnp.maximum(jnp.mean(jnp.square(x), (0, 1, 2)) - jnp.square(mean), 0)
             if not self.is_initializing():
                 count = x.size // x.shape[-1]

@@ -27,9 +27,9 @@ class Head(nn.Module):
         kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
         x = Conv(self.width, 3, kernel_init=fan_in_uniform, name='conv', **kinds)(x)
         x = nn.relu(BatchNorm(name='bn', **kinds)(x, train))
-        # Whole channels drop, as the reference's Dropout2d: neighbouring cells are too alike.
+        # Drops whole channels, as the reference's Dropout2d: neighbouring cells are too alike.
         x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
-        # The logits are exact even if features are bfloat16.
+        # The logits are float32 even if features are bfloat16.
         kinds['dtype'] = self.param_dtype
         classifier = Conv(
             self.classes, 1, bias=True, kernel_init=fan_in_uniform, name='classifier', **kinds
@@ -51,7 +51,7 @@ class PSPNet(nn.Module):
     head: nn.Module
     aux_head: nn.Module | None
 
-    # The context's parameters are called 'pyramid', not 'context': flax's switch for given names.
+    # flax's switch for given names: the context's parameters are called 'pyramid', not 'context'.
     preserve_adopted_names = True
 
     def __call__(self, images: jax.Array, train: bool) -> tuple[jax.Array, jax.Array | None]:

@@ -13,13 +13,13 @@ POOLS = {'average': average_pool, 'max': max_pool}
 
 
 class PyramidPooling(nn.Module):
-    """[B, H, W, C] -> the input with every level's context behind it, in the order of `bins`.
+    """[B, H, W, C] -> the input and then the context of every level, in the order of `bins`.
 
     Level b pools the whole map to b x b cells, reduces them to C / N channels (N levels; 1x1
     convolution, BN, ReLU) unless `reduce` is off, and is up-sampled to H x W. Output channels:
     2C with reduction (C divisible by N), (1 + N)C without.
 
-    `cells` int32[B, 2], if given: each map fills only its first so many rows and columns.
+    `cells` int32[B, 2], if given: the (rows, columns) that each map fills, from the top left on.
     """
 
     bins: tuple[int, ...]

@@ -1,8 +1,8 @@
 """Pooling and bilinear interpolation of feature maps as constant matrices.
 
 Both are linear and separable: one small matrix for each axis. They are exact at every size, and
-matrix products are what accelerators do best. Max pooling is not linear: it takes its windows one
-by one.
+matrix products are what accelerators do best. Max pooling is not linear: it loops over its
+windows.
 """
 
 import functools
@@ -88,7 +88,7 @@ def cells_resize_matrix(
 ) -> jax.Array:
     """`resize_matrix` from the first `old_cells` int32[B] to the first `cells` int32[B].
 
-    float32[B, new_size, size]; the rows of the other points mean nothing.
+    float32[B, new_size, size]; the rows of the other points are meaningless.
     """
     point, cells = jnp.arange(new_size, dtype=_exact()), cells[:, None]
     old_cells = old_cells[:, None]
@@ -101,7 +101,7 @@ def cells_resize_matrix(
 
 
 def _exact() -> Any:
-    return jnp.result_type(float)  # float64 if that is enabled
+    return jnp.result_type(float)  # float32, or float64 if that is enabled
 
 
 def apply_matrices(
@@ -161,8 +161,8 @@ def resize(
 ) -> jax.Array:
     """Bilinear interpolation to `size` = (height, width), without antialiasing.
 
-    cells: int32[B, 2]; if given, each map is resized to so many cells at the top left of `size`.
-    old_cells: int32[B, 2]; if given, only so many cells at the top left of each map are resized.
+    cells: int32[B, 2]; if given, each map is resized to this many cells at the top left of `size`.
+    old_cells: int32[B, 2]; if given, only this many cells at the top left of each map are resized.
     """
     old = x_BHWC.shape[1:3]
     if cells is None:

@@ -1,6 +1,6 @@
 """Dilated ResNets at output stride 8: the backbone of PSPNet (paper section 3.2, figure 3).
 
-Block inner names follow the reference: conv1-bn1, conv2-bn2, (conv3-bn3), downsample.
+Names within a block are those of the reference: conv1-bn1, conv2-bn2, (conv3-bn3), downsample.
 """
 
 from functools import partial
@@ -41,7 +41,8 @@ def is_basic(depth: int) -> bool:
 class Block(nn.Module):
     """A residual block: basic (3x3, 3x3) or bottleneck (1x1, 3x3, 1x1 to 4 times the width).
 
-    The stride is on the first 3x3, the bottleneck's only one. Every 3x3 dilates, or only the first.
+    The first 3x3 has the stride; a bottleneck has only one 3x3. With `dilate_all` every 3x3
+    dilates, otherwise only the first.
     """
 
     width: int

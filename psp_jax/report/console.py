@@ -41,7 +41,7 @@ def step_line(step: int, total: int, values: dict[str, float]) -> str:
 def class_table(scores: dict[str, Any]) -> str:
     """A line for each class with its IoU, accuracy and share of pixels, all in percent.
 
-    scores: the content of metrics.json. A dash stands for a class without pixels to count.
+    scores: the content of metrics.json. A dash is printed for a class without pixels.
     """
     width = max(len(c['name']) for c in scores['classes']) + 2
     total = max(sum(c['pixels'] for c in scores['classes']), 1)

@@ -17,7 +17,7 @@ from psp_jax.report.pictures import Panel
 
 _SIDE = 640  # pixels; longer sides of the images are reduced to this
 _NAMED = 25  # classes; a larger confusion matrix is an image without names
-_CONFUSIONS = 10  # that are listed
+_CONFUSIONS = 10  # number of confusions that are listed
 
 # Key of the scores, heading, format, what it means.
 _NUMBERS = (

@@ -13,7 +13,7 @@ from PIL import Image
 from psp_jax.data.labels import IGNORE, UNLABELLED, LabelSpace, palette
 
 RIGHT, WRONG = (31, 95, 191), (200, 50, 30)  # RGB colours of right and wrong predictions
-OVERLAY_SIDE = 8192  # pixels; larger overlays are reduced to it. JPEG ends at 65,500.
+OVERLAY_SIDE = 8192  # pixels; larger overlays are reduced to it. JPEG allows at most 65,500.
 _GAP = 4  # pixels between the images of a panel
 
 
@@ -135,7 +135,7 @@ def labels_png(ids: np.ndarray, space: LabelSpace | None) -> bytes:
 
 
 def data_url(image: Image.Image, lossless: bool) -> str:
-    """The image as a URL that holds it, for HTML: a PNG if `lossless`, otherwise a JPEG."""
+    """The image as a data URL for HTML: a PNG if `lossless`, otherwise a JPEG."""
     file = io.BytesIO()
     if lossless:
         image.save(file, 'PNG', optimize=True)

@@ -1,4 +1,4 @@
-"""What a training run leaves in its working directory, and says as it goes."""
+"""What a training run writes to its working directory and prints."""
 
 import json
 import re
@@ -21,7 +21,7 @@ class RunLog:
     """Progress on the terminal, `metrics.jsonl`, TensorBoard, and the list of skipped examples.
 
     A run that continues from step `first` deletes the lines of steps that will run again, so that
-    each step is listed once; if `first` is still to be evaluated, its old scores too.
+    each step is listed once. If `first` will be evaluated again, its old scores are deleted too.
     """
 
     def __init__(self, workdir: str, config: ConfigDict, first: int, evaluated: bool):
@@ -32,13 +32,15 @@ class RunLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Starts a new interval of timing: a save or an evaluation is not the training's time."""
+        """Starts a new interval of timing: saves and evaluations do not count as training time."""
         self._start, self._waited, self._timed = time.perf_counter(), 0.0, 0
 
     @contextmanager
     def reading(self, scalars: dict[str, jax.Array]) -> Iterator[None]:
-        """Times the reading of a batch. It counts if the step of `scalars` is done by then: else
-        the devices were busy all the while.
+        """Times the reading of a batch.
+
+        The time counts only if the step of `scalars` is done at the end of it; otherwise the
+        devices did not wait.
         """
         start = time.perf_counter()
         yield
@@ -116,7 +118,7 @@ class Writer:
                 self.events.flush()
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
-        """Adds a uint8 [H, W, 3] picture to TensorBoard."""
+        """Adds an image uint8 [H, W, 3] to TensorBoard."""
         if self.active:
             with self.events.as_default():
                 tf.summary.image(name, picture[None], step)
@@ -137,7 +139,7 @@ class Skips:
     def __init__(self, workdir: str, first: int):
         index, self.workdir = jax.process_index(), workdir
         self.path = f'{workdir}/skipped{f"-{index}" if index else ""}.jsonl'
-        if index == 0:  # of all processes, for there may have been more
+        if index == 0:  # for all processes, because there may have been more of them before
             for path in _lists_of_skips(workdir):
                 _delete_lines(path, lambda values: values['position'] < first)
         multihost_utils.sync_global_devices('skipped examples')
@@ -155,7 +157,7 @@ class Skips:
     def summary(self) -> str:
         """A line about the skipped examples of all processes, '' if there are none."""
         count = 0
-        with suppress(tf.errors.OpError):  # nothing is lost with the line
+        with suppress(tf.errors.OpError):  # the run does not need this line
             for path in _lists_of_skips(self.workdir) if jax.process_index() == 0 else ():
                 with tf.io.gfile.GFile(path) as file:
                     count += len(file.read().splitlines())

@@ -57,10 +57,10 @@ def directory(workdir: str) -> epath.Path:
 
 
 def open_manager(workdir: str, keep: int) -> Manager:
-    """A manager that keeps the newest `keep` checkpoints and the best by mIoU, for a context.
+    """A manager that keeps the newest `keep` checkpoints and the best by mIoU; use it in `with`.
 
     Raises UserError if the working directory cannot be written, or if the processes of the run do
-    not have it in common.
+    not share it.
     """
     best = policies.BestN(
         get_metric_fn=lambda metrics: metrics['mIoU'], n=1, keep_checkpoints_without_metrics=False
@@ -110,16 +110,17 @@ def save(manager: Manager, step: int, state: Any, meta: dict[str, Any]) -> None:
         state=ocp.args.StandardSave(unflatten_dict(named_leaves(state), sep='/')),
         meta=ocp.args.JsonSave(meta),
     )
-    # Without `force` orbax asks JAX for a preemption at this step, and preemption.py counts alone.
+    # Without `force` orbax asks JAX whether to stop at this step. Only preemption.py may ask that,
+    # because JAX counts the calls.
     manager.save(step, args=items, force=True)
 
 
 def add_metrics(manager: Manager, step: int, metrics: dict[str, Any], keep: int) -> None:
     """Adds the metrics of a saved step, 'mIoU' among them; removes checkpoints no longer kept.
 
-    Orbax takes metrics only while it saves. But evaluation takes long, and the state has to be safe
-    before it begins. So this writes the file that orbax would have written. Process 0 does it all,
-    because others may see the changes of a shared disk later.
+    Orbax takes metrics only while it saves. But evaluation takes long, and the state must be saved
+    before it begins. So this writes the file that orbax would have written. Process 0 does all of
+    it, because other processes may see the changes of a shared disk later.
     """
     manager.wait_until_finished()
     folder = manager.directory / str(step) / 'metrics'
@@ -188,7 +189,7 @@ def find(workdir: str, which: str) -> tuple[epath.Path, int]:
         raise UserError(f'{path}: no checkpoint was evaluated; use --checkpoint latest')
     step = int({'latest': steps[-1], 'best': best}.get(which, which))
     if step not in steps:
-        raise UserError(f'{path}: holds no checkpoint of step {step}, but of {steps}')
+        raise UserError(f'{path}: holds no checkpoint of step {step}, only of {steps}')
     return path, step
 
 
@@ -198,7 +199,7 @@ def find_with_config(
     """Directory and step of a checkpoint as `find`, and `config` or else the checkpoint's own.
 
     `overrides` are `--config.key=value` flags on the checkpoint's own configuration. All processes
-    get the step that process 0 finds, because a training run may add checkpoints meanwhile.
+    get the step that process 0 finds, because a training run may add checkpoints at the same time.
     """
     path, step = find(workdir, which)
     step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
@@ -206,7 +207,7 @@ def find_with_config(
 
 
 def reader(path: epath.Path) -> Manager:
-    """A manager that only reads, for a context; each process opens it for itself."""
+    """A manager that only reads; use it in `with`. Each process opens its own."""
     handlers = {'state': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(
         read_only=True,
@@ -240,14 +241,14 @@ def config_of(path: epath.Path, step: int, overrides: Iterable[str] = ()) -> Con
 
 
 def newest_config(workdir: str, overrides: Iterable[str]) -> ConfigDict:
-    """The configuration of a run as `config_of`, from its newest checkpoint that is not damaged."""
+    """The configuration of a run, as `config_of`, from its newest undamaged checkpoint."""
     path, newest = find(workdir, 'latest')
     with reader(path) as manager:
         older = sorted(set(manager.all_steps()) - {newest}, reverse=True)
     for step in (newest, *older):
         with contextlib.suppress(Unreadable):
             return config_of(path, step, overrides)
-    return config_of(path, newest, overrides)  # raises what is wrong with it
+    return config_of(path, newest, overrides)  # raises the error of the newest
 
 
 def shapes(path: epath.Path, step: int, parts: Iterable[str]) -> dict[str, Any]:
@@ -264,8 +265,8 @@ def restore(path: epath.Path, step: int, target: Any) -> Any:
     """The saved values in the structure of `target`, a tree of arrays or ShapeDtypeStructs.
 
     `target` may be a part of what was saved: evaluation leaves the optimizer out. But under each
-    first name that it has, such as `params`, all names, shapes and dtypes must be equal. Raises
-    UserError that lists the differences. Values get the shardings of `target`, on any number of
+    first name in `target`, such as `params`, all names, shapes and dtypes must be equal; otherwise
+    a UserError lists the differences. Values get the shardings of `target`, on any number of
     devices.
     """
     wanted = named_leaves(target)
@@ -316,7 +317,7 @@ def _read(path: epath.Path, step: int, arguments: dict[str, ocp.RestoreArgs]) ->
 
 @contextlib.contextmanager
 def _explained(path: epath.Path) -> Iterator[None]:
-    """Turns an error of reading into one for the user: damage, or a disk that does not answer."""
+    """Turns a reading error into a UserError or, if a disk does not answer, a PassingError."""
     try:
         yield
     except _UNREADABLE as error:
@@ -333,7 +334,7 @@ def _explained(path: epath.Path) -> Iterator[None]:
 
 
 def compare(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """One text for each name whose shape or dtype differs, or that one side lacks."""
+    """A text for each name that one side lacks or whose shape or dtype differs."""
 
     def described(leaf: Any) -> str:
         return 'missing' if leaf is None else f'{leaf.dtype}{list(leaf.shape)}'

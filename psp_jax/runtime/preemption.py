@@ -1,12 +1,12 @@
 """How the processes of a run start together, stop together and end.
 
 Clusters send SIGTERM shortly before they take a machine away, to one process of a run or to all.
-A user presses Ctrl-C (SIGINT). Both ask for the same: train to a step that all processes agree on,
-save it, and exit with PREEMPTED or INTERRUPTED. A run of one process has a signal handler for this.
-In a run of several processes JAX's preemption service hears SIGTERM, even in the middle of a
-compilation, and finds the step; SIGINT is passed on to it as SIGTERM.
+A user presses Ctrl-C (SIGINT). After either, a run trains to a step that all processes agree on,
+saves it, and exits with PREEMPTED or INTERRUPTED. A run of one process has a signal handler for
+this. In a run of several processes JAX's preemption service receives SIGTERM, even in the middle of
+a compilation, and chooses the step. SIGINT is passed on to it as SIGTERM.
 
-Before the first step nothing can be lost. There a run of one process ends at once, and a run of
+Before the first step nothing can be lost. Then a run of one process ends at once, and a run of
 several processes ends when it gets to its first step.
 """
 
@@ -38,8 +38,8 @@ class _Run:
     several: bool = False  # whether jax.distributed is in use
     steps: int = 0  # calls of `stop_requested`
     code: int = PREEMPTED  # the exit code if the run stops
-    asked: bool = False  # whether a signal came to this run of one process
-    stops: bool = False  # whether `stop_requested` has said so
+    asked: bool = False  # whether this process got a signal
+    stops: bool = False  # what `stop_requested` returned last
 
 
 _run = _Run()  # signal handlers belong to a process, so this is global
@@ -53,8 +53,8 @@ def join(address: str | None, count: int | None, index: int | None, trains: bool
 
     The arguments are --coordinator_address, --num_processes and --process_id. Without them JAX
     finds the processes itself on Cloud TPU, Slurm and Open MPI; elsewhere the process is alone.
-    SIGTERM ends the process at once unless it `trains`.
-    Ends the process with NOT_JOINED if the others do not come within INITIALIZATION_TIMEOUT.
+    Unless `trains`, SIGTERM ends the process at once.
+    Ends the process with NOT_JOINED if the others do not start within INITIALIZATION_TIMEOUT.
     """
     import jax
 
@@ -70,7 +70,7 @@ def join(address: str | None, count: int | None, index: int | None, trains: bool
         os._exit(NOT_JOINED)
 
     jax.config.update('jax_enable_preemption_service', trains)
-    # On its own timeout JAX would abort with a page of C++.
+    # At its own timeout JAX would abort with a page of C++.
     timer = threading.Timer(INITIALIZATION_TIMEOUT, give_up)
     timer.daemon = True
     timer.start()
@@ -87,7 +87,7 @@ def join(address: str | None, count: int | None, index: int | None, trains: bool
     except (ValueError, RuntimeError) as error:
         if address:
             raise UserError(f'--coordinator_address={address}: {error}') from error
-        # JAX knows no cluster here, or this is a Python session that has used JAX before.
+        # JAX finds no cluster here, or this is a Python session that has used JAX before.
         alone = 'coordinator_address should be defined', 'before any JAX calls'
         if not any(text in str(error) for text in alone):
             raise
@@ -134,7 +134,7 @@ def listening() -> Iterator[None]:
         yield
         return
     _run.steps, _run.code, _run.asked, _run.stops = 0, PREEMPTED, False, False
-    # JAX's service has the handler of SIGTERM in a run of several processes.
+    # In a run of several processes JAX's service handles SIGTERM.
     numbers = [signal.SIGINT] if _run.several else [signal.SIGINT, signal.SIGTERM]
     before = {number: signal.signal(number, _ask) for number in numbers}
     try:
@@ -174,8 +174,8 @@ def stop_requested() -> bool:
     _run.steps += 1
     _run.stops = _run.asked
     if _run.several:
-        # JAX agrees on a number that no process has passed here yet, so it does not matter that
-        # a continued run begins at 1 again.
+        # JAX chooses a number that no process has passed yet, so a continued run may begin at 1
+        # again.
         _run.stops = multihost_utils.reached_preemption_sync_point(_run.steps)
     return _run.stops
 
@@ -199,22 +199,22 @@ def finish(step: int, workdir: str) -> None:
 
 
 def run_to_the_end(run: Callable[[], int]) -> int:
-    """The exit code that `run` returns, once all processes of the run are done.
+    """Calls `run`, waits until all processes of the run are done, and returns its exit code.
 
-    If one of several fails, this ends it at once: JAX would wait for the others, and they for it.
-    The others end when JAX misses its heartbeat, or earlier if a connection to it breaks.
+    If one process of several fails, this ends it at once; otherwise JAX would wait for the others,
+    and they for it. The others end when JAX misses its heartbeat, or when a connection breaks.
     """
     try:
         code = run()
         if _run.several and not code:
             from jax.experimental import multihost_utils
 
-            # One may take longer, such as process 0 for a report. JAX itself waits a minute only.
+            # Process 0 may take longer, for example for a report. JAX itself waits only a minute.
             multihost_utils.sync_global_devices('end')
     except Exception as error:
         if not _run.several:
             raise
-        if 'Gloo' in str(error):  # CPU devices; others wait for the heartbeat
+        if 'Gloo' in str(error):  # on CPU devices a connection breaks at once
             print_error(f'another process of the run ended ({" ".join(str(error).split())})')
         else:
             traceback.print_exc()
@@ -224,7 +224,7 @@ def run_to_the_end(run: Callable[[], int]) -> int:
 
         sys.stdout.flush()
         if jax.process_index() == 0:
-            # Others may be about to end with the same error, and with their own line about it.
+            # The others may have the same error; this leaves them time to print their own line.
             time.sleep(_COORDINATOR_STAYS)
         os._exit(code)
     return code

@@ -1,4 +1,4 @@
-"""How an interrupted run goes on: from which checkpoint, and whether it is the same run."""
+"""How an interrupted run continues: from which checkpoint, and whether it is the same run."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from psp_jax.runtime import checkpoint
 def saved_steps(manager: checkpoint.Manager) -> list[int]:
     """The steps of the checkpoints, from old to new, as process 0 sees them.
 
-    A shared disk may show a new checkpoint to other processes later.
+    All use these, because other processes may see a new checkpoint on a shared disk later.
     """
     steps = np.array(sorted(manager.all_steps()), np.int32)
     count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))

@@ -1,4 +1,4 @@
-"""Reads files of weights. No code that a file holds is ever run.
+"""Reads files of weights. Code in a file is never run.
 
 Only this file imports torch.
 """
@@ -17,7 +17,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def is_checkpoint(source: str) -> bool:
-    """Whether a source is a folder, which holds our own checkpoints, and not a file."""
+    """Whether a source is a folder, which contains our own checkpoints, and not a file."""
     if source.startswith('hf://'):
         return False
     if '://' in source:
@@ -26,10 +26,10 @@ def is_checkpoint(source: str) -> bool:
 
 
 def read_file(source: str) -> tuple[Arrays, dict[str, Any]]:
-    """All arrays of a file by their names there, and the options of its network that it states.
+    """All arrays of a file by their names there, and the options of the network that it states.
 
     Options are keys of the configuration with values as in JSON. Raises UserError if the file is
-    missing, broken or of a kind that is not read.
+    missing, broken or of an unknown kind.
     """
     path = _download(source) if source.startswith('hf://') else source
     if '://' in path:
@@ -72,7 +72,7 @@ def _read_safetensors(path: str) -> tuple[Arrays, dict[str, Any]]:
         with safetensors.safe_open(path, 'numpy') as file:
             stated = json.loads((file.metadata() or {}).get('psp_jax', '{}'))
         return safetensors.numpy.load_file(path), stated
-    except Exception as error:  # the library's errors have no class in common
+    except Exception as error:  # the library's errors share no class
         raise UserError(
             f'{path}: cannot be read as safetensors ({error}); it may be cut off: get it again'
         ) from error
@@ -81,8 +81,8 @@ def _read_safetensors(path: str) -> tuple[Arrays, dict[str, Any]]:
 def _read_torch(path: str) -> tuple[Arrays, dict[str, Any]]:
     """The state dict of a PyTorch file; it may lie under 'state_dict', 'model' or 'model_state'.
 
-    Of mmsegmentation's files it also returns whether corners are aligned. Raises UserError if
-    PyTorch is missing, and if the file is broken, holds code or holds no state dict.
+    For mmsegmentation's files it also returns whether corners are aligned. Raises UserError if
+    PyTorch is missing, or if the file is broken, contains code or contains no state dict.
     """
     try:
         import torch
@@ -109,13 +109,13 @@ def _read_torch(path: str) -> tuple[Arrays, dict[str, Any]]:
 
 
 class Inert:
-    """Stands for an object of a class that PyTorch does not know, such as a training log."""
+    """Replaces an object of a class that PyTorch does not load, such as a training log."""
 
     called_as = ''  # the name in the file
 
     def __init__(self, *args: Any):
-        # Unpickling makes objects by __new__ alone. A call is code, except that NumPy's arrays
-        # and numbers are made by calls, too.
+        # Unpickling an object calls only __new__. A call of __init__ means that the file asks to
+        # run code; only NumPy's arrays and numbers are made by such calls too.
         if not self.called_as.startswith(('numpy.', '_codecs.')):
             raise UserError(
                 f'it asks to call {self.called_as}, and no code in a file is run. Take a file from '
@@ -133,7 +133,7 @@ def _load(path: str, torch: Any) -> Any:
     """torch.load without running code; objects of unknown classes become `Inert`."""
     try:
         unknown = []
-        if zipfile.is_zipfile(path):  # not in files of PyTorch before 1.6, which hold tensors alone
+        if zipfile.is_zipfile(path):  # older files (PyTorch before 1.6) hold tensors alone
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         inert = [(type(name, (Inert,), {'called_as': name}), name) for name in unknown]
         with torch.serialization.safe_globals(inert):

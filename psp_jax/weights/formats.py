@@ -56,16 +56,16 @@ class Format:
     """The names in one code base's files, and the options that its networks have."""
 
     name: str
-    # Patterns. A file has this format if each of them matches the beginning of a name in it; the
-    # first such format in FORMATS counts.
+    # Patterns. A file has this format if each of them matches the beginning of a name in it. If
+    # several formats match, the first in FORMATS is used.
     marks: tuple[str, ...]
     rename: Renaming = ()
-    drop: tuple[str, ...] = ()  # patterns of arrays that this network has no use for
-    # Keys of the configuration that shapes do not tell, with the values that they must have.
+    drop: tuple[str, ...] = ()  # patterns of arrays that this network does not use
+    # Keys of the configuration that do not follow from shapes, with their necessary values.
     needs: dict[str, Any] = field(default_factory=dict)
 
 
-# What shapes do not tell about the pyramid; the same in all of these code bases.
+# Options of the pyramid that do not follow from shapes; equal in all of these code bases.
 _PYRAMID = {'model.bins': (1, 2, 3, 6), 'model.pool': 'average', 'model.reduce': True}
 
 COUNTERS = r'.*\.num_batches_tracked'  # PyTorch's counts of batches, which are not needed

@@ -1,8 +1,8 @@
 """Loads the weights of another training, ours or another code base's, into a network.
 
-A part is a module at the top of the network: backbone, context module, head, aux_head. If one side
-lacks a part, the network's starts fresh or the source's is dropped, and the report says so.
-Modules for which the source's format has no name start fresh, too. All other arrays must fit.
+A part is a module at the top of the network: backbone, context module, head, aux_head. A part that
+only the network has starts fresh. A part that only the source has is dropped. Modules for which the
+source's format has no name start fresh too. The report lists them. All other arrays must fit.
 """
 
 import re
@@ -50,11 +50,11 @@ class Weights:
 
 @dataclass(frozen=True)
 class Source:
-    """What a file or a checkpoint holds.
+    """The contents of a file or a checkpoint.
 
-    `arrays` has our names for the network's parameters and the file's own for others; a checkpoint
-    gives shapes instead of values. `parts` has the part of each, '' if unknown. `options` are the
-    keys of the configuration that the weights depend on.
+    `arrays` has our names for the network's parameters, and the file's own names for others; of a
+    checkpoint it has shapes instead of values. `parts` has the part of each, '' if unknown.
+    `options` are the keys of the configuration that the weights depend on.
     """
 
     label: str
@@ -87,7 +87,7 @@ def load_weights(source: str, config: ConfigDict, wanted: dict[str, Any]) -> Wei
 
 
 def names_to_skip(init_skip: str, names: Iterable[str]) -> set[str]:
-    """The names that a pattern in `init_skip` matches from the beginning of a module's name.
+    """The names in which a pattern of `init_skip` matches the beginning of a module's name.
 
     'head' matches 'params/head/conv/kernel' but not 'params/aux_head/conv/kernel'. Raises UserError
     if a pattern is no regular expression or matches nothing.
@@ -114,7 +114,9 @@ def _load_files(
         read, options = read_file(path)
         both = sorted(tensors.keys() & read.keys())
         if both:
-            raise UserError(f'{path}: holds {both[0]} like the file before it; give one of them')
+            raise UserError(
+                f'{path}: holds {both[0]}, as the file before it does; give only one of them'
+            )
         tensors |= read
         stated |= as_options(options)
     label = ','.join(paths)
@@ -163,7 +165,7 @@ def _fit(
 ) -> tuple[dict[str, Any], list[str]]:
     """The part of `wanted` to load, and lines for the report about what is left out on each side.
 
-    Raises UserError if what both sides have does not fit.
+    Raises UserError if the parts that both sides have do not fit.
     """
     candidates = {name: leaf for name, leaf in wanted.items() if name not in skipped}
     parts = {part_of(name) for name in candidates} & set(source.parts.values())
@@ -226,7 +228,7 @@ def _check_arrays(source: Source, needed: dict[str, Any], left: list[str]) -> No
 
 
 def _hint(reshaped: dict[str, tuple[int, ...]]) -> str:
-    """Why heads have other shapes in the source, and which pattern leaves them fresh."""
+    """Why heads have other shapes in the source, and the `init_skip` that starts them fresh."""
     classes = [shape[-1] for name, shape in reshaped.items() if '/classifier/' in name]
     parts = sorted({part_of(name) for name in reshaped if '/classifier/' not in name})
     reasons = [f'is for {classes[0]} classes'] if classes else []

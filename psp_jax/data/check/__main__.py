@@ -76,10 +76,10 @@ def run(argv: Sequence[str]) -> None:
 
 
 def check(config: ConfigDict, show_to: str = '', fix_to: str = '') -> None:
-    """Prints what is in the data set and what is wrong; writes pictures and lists to folders.
+    """Prints what is in the data set and what is wrong; writes images and lists to folders.
 
-    Raises UserError if there are faults, once all is done; at once if a folder cannot be written, a
-    list is there already, or the source has no files to list.
+    Raises UserError at the end if there are faults. Raises it at once if a folder cannot be
+    written, a list exists already, or the source has no files to list.
     """
     data, start = config.data, time.monotonic()
     names = [name for name in ('train', 'val', 'test') if data[name]]
@@ -148,7 +148,7 @@ def _print_report(splits: Sequence[Split], findings: Sequence[Finding], data: Co
 def _show(config: ConfigDict, bad: dict[str, set[int]], folder: str) -> None:
     source, _ = open_split(config.data, 'train')
     if source is None:
-        print(f'\n{folder}: no pictures, since train could not be read')
+        print(f'\n{folder}: no images, because train could not be read')
         return
     count = write_pictures(source, bad['train'], config, folder)
     print(f'\n{folder}: {count} training examples as the network sees them')
@@ -165,7 +165,7 @@ def _write_lists(
             with open(paths[split.name], 'w', encoding='utf-8') as file:
                 file.write(text)
     if not any(paths.values()):
-        print('\n--fix-list: no list is written, since no example is without faults')
+        print('\n--fix-list: no list is written, because every example has a fault')
         return False
     flags = ['--config.data.source=list', '--config.data.root=']
     flags += [f'--config.data.{name}={path}' for name, path in paths.items()]

@@ -1,4 +1,4 @@
-"""Judges the facts of a data set: what is wrong with the examples together, and why."""
+"""Finds the faults of a data set that show only in all examples together, and their causes."""
 
 import shlex
 from collections import Counter
@@ -10,7 +10,7 @@ from psp_jax.data.check.read import BEYOND, NO_CLASS, Finding, Split, class_ids,
 from psp_jax.data.labels import IGNORE, label_space, published_map
 from psp_jax.data.sources import first_few
 
-FEW = 0.05  # a value in a larger share of the labels is no accident
+FEW = 0.05  # a value in a larger share of the labels is not a mistake in single files
 
 TWICE = 'Listed more than once: delete the repeated lines'
 LEAKED = 'Images of train that are also in val or test: take them off train'
@@ -27,7 +27,7 @@ def judge(splits: Sequence[Split], data: ConfigDict) -> list[Finding]:
 
 
 def judge_values(split: Split, data: ConfigDict) -> Iterator[Finding]:
-    """Yields a fault for each label with values that are no classes, by their likely cause."""
+    """Yields a fault, with its likely cause, for each label with values that are not classes."""
     ids, classes = class_ids(data), len(label_space(data.classes).names)
     stored = totals(split, range(257))[1]
     total = sum(bool(facts.pixels) for facts in split.facts)
@@ -47,7 +47,7 @@ def judge_values(split: Split, data: ConfigDict) -> Iterator[Finding]:
 
 
 def likely_cause(labels: Counter[int], wrong: Sequence[int], total: int, data: ConfigDict) -> str:
-    """Returns why the stored values `wrong` of a split are no classes, and the remedy.
+    """Returns why the stored values `wrong` of a split are not classes, and the remedy.
 
     labels: the number of labels, of all `total`, that hold each stored value.
     """
@@ -62,7 +62,7 @@ def likely_cause(labels: Counter[int], wrong: Sequence[int], total: int, data: C
         other = f'is 0 "other", and 1 the first class? Set {_map_flag("minus_one")}'
         if not labels[0]:
             return other
-        # Pixels without a class are in nearly every image.
+        # Pixels without a class are in nearly every image: the more frequent value comes first.
         return '; '.join([void, other] if labels[classes] >= labels[0] else [other, void])
     if max(labels[value] for value in wrong) <= FEW * total:
         return 'so few may be mistakes; correct these labels, or leave them out'
@@ -84,7 +84,7 @@ def judge_map(split: Split, data: ConfigDict) -> Iterator[Finding]:
     if not stored or split.name == 'test':  # labels of test may be secret, all 255
         return
     inner = [value for value in stored if value != IGNORE]
-    beyond = {v for v in range(classes, IGNORE) if ids[v] < classes}  # that the map makes classes
+    beyond = {v for v in range(classes, IGNORE) if ids[v] < classes}  # the map makes them classes
     heading = ''
     if not data.label_map and classes > 1 and IGNORE in stored:
         if inner == [0] or not inner and classes == 2:

@@ -29,8 +29,8 @@ SIZES = 'Image and label differ in size (width x height): does the label belong 
 class Finding(NamedTuple):
     """A fault.
 
-    heading: what it is, with the remedy. example: its number in the split, -1 if it concerns no
-    single one. file: the file that is to blame. text: the line that is printed.
+    heading: what the fault is, with the remedy. example: its number in the split, -1 if the fault
+    is not of a single example. file: the file with the fault. text: the line that is printed.
     """
 
     heading: str
@@ -41,7 +41,7 @@ class Finding(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What is kept of an example.
+    """What the check keeps of an example.
 
     digest: hash of the image's bytes, b'' if it is bad. size: (height, width) of the image, None if
     bad. pixels: number of the label's pixels by stored value; {} if it is bad or there is none.

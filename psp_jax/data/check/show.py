@@ -1,4 +1,4 @@
-"""Shows a data set and its findings: tables and lists as text, training examples as pictures."""
+"""Shows a data set and its faults: tables and lists as text, training examples as images."""
 
 import os
 import textwrap
@@ -71,7 +71,7 @@ def finding_lines(findings: Sequence[Finding]) -> list[str]:
 def write_pictures(source: Source, bad: set[int], config: ConfigDict, folder: str) -> int:
     """Writes the first SHOWN training examples of the run, except bad ones; returns how many.
 
-    A picture shows the augmented image, its label in colours, and their legend.
+    Each shows the augmented image, its label in colours, and their legend.
     """
     # here, since importing TensorFlow takes seconds
     from psp_jax.data.pipeline import example_index, train_batches

@@ -32,7 +32,7 @@ from psp_jax.data.labels import label_space, palette
 from psp_jax.data.sources import first_few
 from psp_jax.errors import UserError
 
-Done = tuple[str, frozenset[str]]  # the line of a list, and labels that are no classes
+Done = tuple[str, frozenset[str]]  # the line of a list, and labels that are not classes
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -106,7 +106,7 @@ def convert(plan: Plan, output: str, val: float = 0) -> None:
     complete = [_write_list(output, title, lists[title], made) for title in lists]
     others = sorted({label for _, labels in made.values() for label in labels})
     if others:
-        print(f'255 (ignore), since they are no classes: {", ".join(others)}')
+        print(f'255 (ignore), because they are not classes: {", ".join(others)}')
     if len(lists) == 1:
         print('This is one list for both training and validation; --val 0.2 divides it')
     if all(complete):
@@ -116,7 +116,7 @@ def convert(plan: Plan, output: str, val: float = 0) -> None:
 
 
 def _write_label(plan: Plan, colors: bytes, output: str, name: str) -> Done | UserError:
-    """Writes one label map; returns the error if its files are bad, so that the others are done."""
+    """Writes one label map; returns the error if its files are bad: the others must continue."""
     try:
         image, ids, others = plan.make(name)
     except UserError as error:
@@ -132,11 +132,11 @@ def _write_label(plan: Plan, colors: bytes, output: str, name: str) -> Done | Us
 
 
 def _write_list(output: str, title: str, names: Sequence[str], made: Mapping[str, Done]) -> bool:
-    """Writes the list of those that were made; returns False if there are none."""
+    """Writes the list of the label maps that were made; returns False if there are none."""
     path = os.path.join(output, f'{title}.txt')
     lines = [made[name][0] for name in names if name in made]
     if not lines:
-        print(f'{path} is not written, since none of its label maps was made')
+        print(f'{path} is not written, because none of its label maps was made')
         return False
     with open(path, 'w', encoding='utf-8') as file:
         file.writelines(lines)
@@ -145,7 +145,7 @@ def _write_list(output: str, title: str, names: Sequence[str], made: Mapping[str
 
 
 def _split(names: Sequence[str], share: float) -> dict[str, list[str]]:
-    """Divides two or more names into train and val, by a hash: new names move few others."""
+    """Divides two or more names into train and val by a hash: adding names moves few others."""
     count = min(max(round(share * len(names)), 1), len(names) - 1)
     val = set(sorted(names, key=lambda name: zlib.crc32(name.encode()))[:count])
     return {'train': [name for name in names if name not in val], 'val': sorted(val)}

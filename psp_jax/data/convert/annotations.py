@@ -1,7 +1,7 @@
-"""Makes class ids of what annotation tools write: pure functions of parsed JSON and decoded masks.
+"""Makes class ids from annotations: pure functions of parsed JSON and decoded masks.
 
 They raise ValueError if the content of a file is wrong, and KeyError, TypeError, AttributeError or
-OSError if it has another form. The caller adds the file's name.
+OSError if the file has another structure. The caller adds the file's name.
 """
 
 import base64
@@ -19,7 +19,7 @@ from psp_jax.data.labels import IGNORE
 Size = tuple[int, int]  # height, width
 Points = list[tuple[float, float]]  # x, y
 
-IGNORED = '__ignore__'  # labelme's label of pixels that do not count; also of those without one
+IGNORED = '__ignore__'  # labelme's label of ignored pixels; here also of pixels without a label
 BACKGROUND = ('_background_', 'background', 'unlabeled')  # the labels of pixels without a shape
 
 
@@ -37,14 +37,14 @@ class Shape(NamedTuple):
 
 
 def class_name(label: str) -> str:
-    """Returns a label without commas, which divide data.classes: 'tree, big' -> 'tree/big'."""
+    """Returns a label without commas, which separate names in data.classes: 'a, b' -> 'a/b'."""
     return re.sub(r'\s*,\s*', '/', label.strip())
 
 
 def draw(shapes: Iterable[Shape], ids: Mapping[str, int], size: Size) -> np.ndarray:
     """Draws shapes as class ids uint8 [H, W], later over earlier, on the background's id.
 
-    ids: label -> value; 255 for a label that is not there, and for the background if none is.
+    ids: label -> value. A label that is not in it, or a missing background, becomes 255.
     Pillow draws, as for labelme and Cityscapes: corners are cut to whole pixels towards 0, and the
     outline is part of a shape. So a rectangle from (1, 1) to (3, 2) covers 3 x 2 pixels.
     """
@@ -118,9 +118,9 @@ def color_ids(
 ) -> tuple[np.ndarray, frozenset[str]]:
     """Returns class ids uint8 [H, W] of an image whose colours stand for labels.
 
-    rgb: uint8 [H, W, 3]. labels: packed colour -> label. ids: label -> value; 255 for a label that
-    is not there, and the second result holds such labels. Raises ValueError for a colour that is
-    not in `labels`.
+    rgb: uint8 [H, W, 3]. labels: packed colour -> label. ids: label -> value; a label that is not
+    in it becomes 255 and is in the second result. Raises ValueError for a colour that is not in
+    `labels`.
     """
     numbers, keys = packed(rgb), sorted(labels)
     places = np.searchsorted(keys, numbers).clip(max=len(keys) - 1)

@@ -1,6 +1,6 @@
 """The formats of annotations: where their files are, and what their classes are.
 
-`annotations` makes class ids of the files' content.
+annotations.py makes class ids from the content of the files.
 """
 
 import argparse
@@ -28,7 +28,7 @@ T = TypeVar('T')
 
 
 class Made(NamedTuple):
-    """A label map: its image's path, ids uint8 [H, W], and its labels that are no classes."""
+    """A label map: its image's path, ids uint8 [H, W], and its labels that are not classes."""
 
     image: str
     ids: np.ndarray
@@ -95,7 +95,7 @@ def _make_labelme(files: Mapping[str, str], ids: Ids, images: str, name: str) ->
 def plan_voc(folder: str, flags: argparse.Namespace) -> Plan:
     """Plans the conversion of colour masks as of PASCAL VOC, or of CVAT's 'Segmentation mask'.
 
-    labelmap.txt has the labels and their colours. Without it they are those of --classes, by
+    labelmap.txt has the labels and their colours. Without it the labels are those of --classes, by
     default VOC's own 21. Lists are ImageSets/Segmentation/*.txt, or `all`.
     """
     masks, sets = (os.path.join(folder, n) for n in ('SegmentationClass', 'ImageSets/Segmentation'))
@@ -144,7 +144,7 @@ _POLYGONS = '_gtFine_polygons.json'
 def plan_cityscapes(folder: str, flags: argparse.Namespace) -> Plan:
     """Plans the conversion of gtFine/SPLIT/CITY/*_gtFine_polygons.json.
 
-    Labels that are no classes become 255.
+    Labels that are not classes become 255.
     """
     classes, ids = _classes(flags, (), '--classes', 'cityscapes')
     fine = os.path.join(folder, 'gtFine')
@@ -214,7 +214,7 @@ def _classes(
 ) -> tuple[str, dict[str, int]]:
     """Returns the text for data.classes, and class -> id with 255 for labels to ignore.
 
-    labels: all labels of `source`; () if it does not list them, then the classes are those of
+    labels: all labels of `source`; () if it does not list them. Then the classes are those of
         --classes or else `default`.
     Raises UserError if `source` lacks a class of --classes, and for too few or too many classes.
     """
@@ -266,7 +266,7 @@ def _text(path: str) -> str:
 
 
 def _parsed(path: str, parse: Callable[[Any], T], read: Callable[[str], Any] = _json) -> T:
-    """Reads and parses a file; raises UserError, naming it, for complaints about its content."""
+    """Reads and parses a file; raises UserError, naming the file, if its content is wrong."""
     with _naming(path):
         return parse(read(path))
 
@@ -303,7 +303,7 @@ def _check_size(path: str, size: Size) -> None:
     if not exists(path):
         raise UserError(f'{path} does not exist; --images DIR says where images are')
     try:
-        with Image.open(path) as image:  # reads the head of the file alone
+        with Image.open(path) as image:  # reads only the header of the file
             width, height = image.size
             turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientation
     except Exception as error:  # Pillow raises nearly anything on broken files
