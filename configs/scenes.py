@@ -10,7 +10,7 @@ Arguments:
   bins=(1,2,3,6)    grids of the pyramid; () = the plain dilated FCN
   seed=0
   steps=360         training steps
-  depth=18          18 | 34 | 50 | 101 | 152 | 269
+  depth=18          10 | 18 | 34 | 50 | 101 | 152 | 269
 
 Expect:   mIoU of 0.80 or more on 200 scenes that training never uses, in about 5 minutes on two
           CPU cores.

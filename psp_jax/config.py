@@ -144,9 +144,9 @@ def parse_arg(arg: str, **defaults: Any) -> SimpleNamespace:
 
 
 def set_depth(config: ConfigDict, depth: int) -> None:
-    """Sets model.depth and, for the basic blocks of 18 and 34 layers, the narrow stem and heads."""
+    """Sets model.depth and, below 50 (basic blocks), the narrow stem and heads."""
     config.model.depth = depth
-    if depth in (18, 34):
+    if depth < 50:
         config.model.stem = 'deep_small'
         config.model.head_width = 128
         config.model.aux_width = 64

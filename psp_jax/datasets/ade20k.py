@@ -3,7 +3,6 @@
 from psp_jax.datasets import common
 
 _ZIP, _TOP = 'ADEChallengeData2016.zip', 'ADEChallengeData2016'
-_SPLITS = (('train', 'training', 20_210), ('val', 'validation', 2_000))
 
 
 class Ade20k(common.FoldersBuilder, skip_registration=True):  # type: ignore[call-arg]
