@@ -122,6 +122,15 @@ def default_config() -> ConfigDict:
     return config
 
 
+def crop_size(data: ConfigDict) -> tuple[int, int]:
+    """(height, width) of the training crop, which is also the size of evaluation's windows.
+
+    data: config.data.
+    """
+    crop = data.crop
+    return (crop, crop) if isinstance(crop, int) else (crop[0], crop[1])
+
+
 def parse_arg(arg: str, **defaults: Any) -> SimpleNamespace:
     """Reads 'depth=101,bins=(1,2)' over the defaults; values get the types of the defaults.
 

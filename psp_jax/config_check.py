@@ -31,6 +31,7 @@ from psp_jax.optimizer import OPTIMIZERS
 # Keys that a resumed run may change, because none of them affects the parameters. `total_steps` is
 # not among them: the decay of the learning rate depends on it.
 FREE_ON_RESUME = (
+    'custom_imports',
     'log_every',
     'hang_seconds',
     'eval_every',
@@ -104,7 +105,7 @@ def import_custom(config: ConfigDict) -> None:
     for name in filter(None, map(str.strip, config.custom_imports.split(','))):
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except (ImportError, SyntaxError, TypeError) as error:
             raise UserError(
                 f'custom_imports={config.custom_imports}: cannot import {name} ({error}); name '
                 'modules of the current folder or of PYTHONPATH'
@@ -199,7 +200,8 @@ def check_values(flat: Mapping[str, Any]) -> None:
         raise UserError(
             f'init_skip={flat["init_skip"]}: has no effect without init_from; set init_from too'
         )
-    if flat['batch_size'] == 1 and flat['model.reduce'] and 1 in flat['model.bins']:
+    pyramid = flat['model.context'] == 'pyramid' and flat['model.reduce']
+    if pyramid and flat['batch_size'] == 1 and 1 in flat['model.bins']:
         raise UserError(
             'batch_size=1: batch normalisation of the 1 x 1 pyramid level would see one value a '
             'channel; take 2 images or more, or bins without 1'
@@ -238,7 +240,11 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     # the data order draws its random numbers from a 32-bit signed seed
     ('seed', '0 or more and less than 2 ** 31', lambda value: 0 <= value < 2**31),
     ('mesh.data', 'positive, or -1 for all devices', lambda value: value == -1 or value > 0),
-    ('eval.multiple', 'a positive multiple of 8', lambda value: value > 0 and value % 8 == 0),
+    (
+        'eval.multiple',
+        f'a positive multiple of {STRIDE}',
+        lambda value: value > 0 and value % STRIDE == 0,
+    ),
     ('data.blur data.mirror', 'a probability, 0 to 1', lambda value: 0 <= value <= 1),
     ('model.dropout optimizer.momentum', '0 or more and less than 1', lambda value: 0 <= value < 1),
     ('data.rotate', 'from 0 to 180 degrees', lambda value: 0 <= value <= 180),

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from psp_jax.command_line import whole_file
+from psp_jax.config import crop_size
 from psp_jax.errors import UserError
 from psp_jax.model import pspnet
-from psp_jax.model.geometry import crop_size
 from psp_jax.model.resample import resize
 from psp_jax.report import console
 from psp_jax.runtime import checkpoint
@@ -105,7 +105,7 @@ def program(
     cast to `config.dtype` here, while JAX's would be cast at each call and take twice the space in
     bfloat16.
     """
-    height, width = crop_size(config)
+    height, width = crop_size(config.data)
 
     def logits(images: jax.Array) -> jax.Array:
         features, _ = model.apply(variables, pspnet.normalise(images, config), False)

@@ -211,6 +211,8 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f'{unknown[0]!r} belongs to no flag')
     for name, flag in FLAGS.items():
         given = getattr(flags, name) is not None
+        if getattr(flags, name) == '':
+            parser.error(f'--{name} needs a value')
         if given and flags.mode not in flag.modes:
             modes = ' or '.join(flag.modes)
             parser.error(f'--{name} is for --mode {modes}, not for {flags.mode}')
@@ -251,13 +253,13 @@ def run(argv: Sequence[str]) -> None:
     flags, overrides = parse_flags(argv)
     from psp_jax.config_check import config_name, load_config
 
+    quieten_libraries()
+    if flags.mode in SEVERAL_PROCESSES:  # before custom_imports, which may use JAX
+        place = flags.coordinator_address, flags.num_processes, flags.process_id
+        preemption.join(*place, trains=flags.mode == 'train')
     config, name = None, os.path.basename(os.path.normpath(flags.workdir or ''))
     if flags.config:
         config, name = load_config(flags.config, overrides), config_name(flags.config)
-    quieten_libraries()
-    if flags.mode in SEVERAL_PROCESSES:
-        place = flags.coordinator_address, flags.num_processes, flags.process_id
-        preemption.join(*place, trains=flags.mode == 'train')
     workdir = flags.workdir or os.path.join('runs', name)
     MODES[flags.mode](Call(flags, overrides, config, name, workdir))
 

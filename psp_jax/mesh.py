@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from psp_jax.data.labels import IGNORE
 from psp_jax.errors import UserError
 from psp_jax.model.geometry import STRIDE, Size, cells
+from psp_jax.model.layers import reach_of
 
 
 def make_mesh(
@@ -93,7 +94,7 @@ def rows_reached(model: nn.Module, variables: Any, size: Size) -> int:
 
     def look(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         nonlocal reached
-        reach = getattr(context.module, 'reach', 0)
+        reach = reach_of(context.module) if context.method_name == '__call__' else 0
         if reach:
             reached = max(reached, math.ceil(reach * cells(size[0]) / args[0].shape[1]))
         return call(*args, **kwargs)

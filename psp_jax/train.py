@@ -13,7 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from psp_jax import evaluate, losses, optimizer
-from psp_jax.config import to_json
+from psp_jax.config import crop_size, to_json
 from psp_jax.data.pipeline import example_index, train_batches
 from psp_jax.data.sources import Source, check_source, make_source
 from psp_jax.errors import UserError
@@ -27,7 +27,6 @@ from psp_jax.mesh import (
     split_images,
 )
 from psp_jax.model import pspnet
-from psp_jax.model.geometry import crop_size
 from psp_jax.report import console
 from psp_jax.report.writer import RunLog
 from psp_jax.runtime import checkpoint, preemption, resume
@@ -70,7 +69,7 @@ def train_step(
 
 def compile_step(run: Setup, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
     """`train_step` jitted over the mesh: state replicated and donated, batch as of `put_images`."""
-    height = crop_size(run.config)[0]
+    height = crop_size(run.config.data)[0]
     return jax.jit(
         lambda state, batch: train_step(state, cut_images(batch, height, mesh), run=run),
         donate_argnums=0,
@@ -88,7 +87,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, name: str) -> TrainStat
     preemption.still_alive(config.hang_seconds)
     run = setup(config)
     mesh = make_mesh(config.mesh.data, config.batch_size, config.mesh.space)
-    check_cut(mesh, run.model, run.variables, crop_size(config))
+    check_cut(mesh, run.model, run.variables, crop_size(config.data))
     console.say(
         f'psp_jax {name}: {mesh.size} {jax.devices()[0].platform} device(s), '
         f'{jax.process_count()} process(es), workdir {workdir}'

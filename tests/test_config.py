@@ -438,6 +438,7 @@ def other_value(value):
 @pytest.mark.parametrize('key', flatten(default_config()))
 def test_a_run_resumes_only_where_the_mathematics_is_the_same(key):
     free = {
+        'custom_imports',
         'log_every',
         'eval_every',
         'checkpoint_every',

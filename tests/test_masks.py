@@ -88,3 +88,22 @@ class Own(nn.Module):
 def test_a_module_from_outside_says_its_reach(monkeypatch):
     monkeypatch.setitem(CONTEXTS, 'dilated', lambda model, name, **kinds: Dilated(name=name))
     assert_padding_changes_nothing(context='dilated')
+
+
+@pytest.mark.parametrize(
+    ('module', 'reach'),
+    [
+        (nn.Conv(8, (3, 3)), 1),
+        (nn.Conv(8, (3, 3), kernel_dilation=4), 4),
+        (nn.Conv(8, (1, 5)), 2),
+        (nn.Dense(8), 0),
+        (layers.Conv(8, 3, dilation=2), 2),
+    ],
+)
+def test_reach_of_modules(module, reach):
+    assert layers.reach_of(module) == reach
+
+
+def test_pooled_maps_have_no_padding():
+    assert stride_of((1, 5, 9, 3), (33, 65)) == 8
+    assert stride_of((1, 1, 1, 3), (33, 65)) is None

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 from ml_collections import ConfigDict
 
+from psp_jax.config import crop_size
 from psp_jax.data.labels import IGNORE
 
 _BLUR_SIZE = 5  # at this size OpenCV's kernel is [1, 4, 6, 4, 1] / 16, not a sampled Gaussian
@@ -33,7 +34,7 @@ def augment(
     scale = low + (high - low) * u_scale
     angle = data.rotate * (2 * u_angle - 1) if u_rotate < 0.5 else 0.0
     fill = np.rint(data.mean).astype(np.uint8)
-    crop_h, crop_w = (data.crop, data.crop) if isinstance(data.crop, int) else data.crop
+    crop_h, crop_w = crop_size(data)
 
     # OpenCV's size of a resized image; Python's round is half to even, as cvRound is.
     canvas_h = max(1, round(label.shape[0] * scale))

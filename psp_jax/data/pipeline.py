@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from psp_jax.config import crop_size
 from psp_jax.data.augment import augment
 from psp_jax.data.examples import Source
 from psp_jax.data.labels import IGNORE
@@ -63,11 +64,6 @@ class _Loader:
     data: ConfigDict
     seed: int
 
-    @property
-    def crop(self) -> tuple[int, int]:
-        crop = self.data.crop
-        return (crop, crop) if isinstance(crop, int) else (crop[0], crop[1])
-
     def load(self, position: np.int64, index: np.int64) -> tuple[np.ndarray, np.ndarray, bytes]:
         """Returns image, label and error message of one training example.
 
@@ -90,7 +86,8 @@ class _Loader:
         return (*self._blank(), b'\0' + first)
 
     def _blank(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros((*self.crop, 3), np.uint8), np.zeros(self.crop, np.uint8)
+        crop = crop_size(self.data)
+        return np.zeros((*crop, 3), np.uint8), np.zeros(crop, np.uint8)
 
 
 def train_batches(
@@ -129,8 +126,8 @@ def train_batches(
             stateful=False,
         )
         return {
-            'image': tf.ensure_shape(image, (*loader.crop, 3)),
-            'label': tf.ensure_shape(label, loader.crop),
+            'image': tf.ensure_shape(image, (*crop_size(config.data), 3)),
+            'label': tf.ensure_shape(label, crop_size(config.data)),
             'position': position,
             'error': tf.ensure_shape(error, ()),
         }

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from psp_jax import mesh, train
 from psp_jax.command_line import whole_file
+from psp_jax.config import crop_size
 from psp_jax.data.labels import label_space
 from psp_jax.data.pipeline import train_batches
 from psp_jax.data.sources import make_source
@@ -30,7 +31,7 @@ from psp_jax.inference.blocks import CANVAS_BYTES
 from psp_jax.inference.programs import make_programs
 from psp_jax.inference.protocols import protocol_of
 from psp_jax.inference.views import View, views
-from psp_jax.model.geometry import Size, crop_size
+from psp_jax.model.geometry import Size
 from psp_jax.report import console
 from psp_jax.state import Setup, setup
 
@@ -81,7 +82,7 @@ def plan(config: ConfigDict, machine: Machine) -> Run:
     devices = list(machine.devices)
     grid = mesh.make_mesh(config.mesh.data, config.batch_size, config.mesh.space, devices)
     made = setup(config)
-    mesh.check_cut(grid, made.model, made.variables, crop_size(config))
+    mesh.check_cut(grid, made.model, made.variables, crop_size(config.data))
     return Run(made, machine, grid)
 
 
@@ -105,7 +106,7 @@ def describe(run: Run, name: str, where: str | None) -> dict[str, Any]:
         'classes': count_classes(config),
         'dtype': config.dtype,
         'batch_size': config.batch_size,
-        'crop': list(crop_size(config)),
+        'crop': list(crop_size(config.data)),
         'parameters': sum(x.size for x in jax.tree.leaves(run.setup.shapes.params)),
         'versions': {lib: installed[lib] for lib in libraries if lib in installed},
     }
@@ -144,7 +145,7 @@ def examine_training(run: Run) -> dict[str, Any]:
     """The figures of the training step; see `costs.compile_program`."""
     config, grid = run.setup.config, run.mesh
     state = mesh.on_devices(run.setup.shapes, grid)
-    height, width = crop_size(config)
+    height, width = crop_size(config.data)
     place = mesh.split_images(grid)
     shape = config.batch_size, mesh.padded_height(height, grid), width
     batch = {
@@ -248,7 +249,7 @@ def image_size(config: ConfigDict) -> tuple[Size, str]:
     if side:
         size = side, protocol_of(config).longest_side(side)
         return size, 'the largest image that the protocol makes with eval.base_size'
-    return crop_size(config), 'the training crop, since eval.base_size is 0'
+    return crop_size(config.data), 'the training crop, since eval.base_size is 0'
 
 
 def canvas_bytes(seen: list[View], config: ConfigDict, images: int) -> int:

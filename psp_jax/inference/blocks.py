@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from psp_jax.config import crop_size
 from psp_jax.data.labels import label_space
 from psp_jax.inference.protocols import protocol_of
 from psp_jax.inference.views import Axis, View, padded_image, rounded_up, views
-from psp_jax.model.geometry import Size, crop_size
+from psp_jax.model.geometry import Size
 from psp_jax.model.resample import Taps
 
 CANVAS_BYTES = 3 * 2**30  # of float32 scores that a device holds at a time, for one image
@@ -72,7 +73,7 @@ def divide(seen: Sequence[View], size: Size, config: ConfigDict) -> tuple[Size, 
             break
         counts[longest] += 1
         sides = counts[0], counts[1]
-        canvases = [canvas_of_blocks(view, sides, crop_size(config)) for view in seen]
+        canvases = [canvas_of_blocks(view, sides, crop_size(config.data)) for view in seen]
     return (counts[0], counts[1]), canvases
 
 

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 
 from psp_jax.model.geometry import STRIDE, Size
+from psp_jax.model.layers import reach_of
 from psp_jax.model.resample import zero_filler
 
 
@@ -29,10 +30,13 @@ def apply_to_padded(
     padded = images.shape[1], images.shape[2]
 
     def mask(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        reach = getattr(context.module, 'reach', 0)
-        takes_cells = getattr(context.module, 'takes_cells', False)
-        if reach or takes_cells:
-            cells = -(-sizes // stride_of(args[0].shape, padded))
+        if context.method_name != '__call__':
+            return call(*args, **kwargs)
+        reach, takes_cells = reach_of(context.module), getattr(context.module, 'takes_cells', False)
+        # A map of another size than the image's at some stride is a pooled one, without padding.
+        stride = stride_of(args[0].shape, padded) if reach or takes_cells else None
+        if stride:
+            cells = -(-sizes // stride)
             args = (zero_filler(args[0], cells), *args[1:]) if reach else args
             kwargs = {**kwargs, 'cells': cells} if takes_cells else kwargs
         return call(*args, **kwargs)
@@ -41,7 +45,9 @@ def apply_to_padded(
         return model.apply(variables, images, False)[0]
 
 
-def stride_of(shape: tuple[int, ...], padded: Size) -> int:
-    """Pixels of an image to a cell of a map [B, h, w, C]: 1, 2, 4 or 8."""
-    strides = (2**i for i in range(STRIDE.bit_length()))
-    return next(s for s in strides if shape[1:3] == (-(-padded[0] // s), -(-padded[1] // s)))
+def stride_of(shape: tuple[int, ...], padded: Size) -> int | None:
+    """Pixels of an image to a cell of a map [B, h, w, C]: 1, 2, 4 or 8, or None if it is none."""
+    for stride in (2**i for i in range(STRIDE.bit_length())):
+        if shape[1:3] == (-(-padded[0] // stride), -(-padded[1] // stride)):
+            return stride
+    return None

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from psp_jax.config import crop_size
 from psp_jax.inference.protocols import flips, protocol_of
-from psp_jax.model.geometry import Size, cells, crop_size
+from psp_jax.model.geometry import Size, cells
 from psp_jax.model.resample import Taps, resize_taps
 
 
@@ -86,7 +87,7 @@ def view(size: Size, scale: float, mirror: bool, config: ConfigDict) -> View:
     if not protocol.slides:
         rows, columns = (whole_axis(size[i], seen[i], config) for i in (0, 1))
     else:
-        crop, base = crop_size(config), config.eval.base_size
+        crop, base = crop_size(config.data), config.eval.base_size
         rows, columns = (sliding_axis(size[i], seen[i], crop[i], config) for i in (0, 1))
         # Few shapes of canvases for many sizes of images: a square for each scale if all images
         # have the same long side.

@@ -11,12 +11,24 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # He et al. 2015, fan-out: the backbone's and the pyramid's convolutions.
 kaiming_normal = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default, which semseg's heads start from.
 fan_in_uniform = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+
+
+def reach_of(module: nn.Module) -> int:
+    """Rows and columns of its input that a module's output depends on, to each side.
+
+    The module's attribute `reach`; for flax's own convolution what its kernel says; else 0.
+    """
+    if not isinstance(module, nn.Conv):
+        return getattr(module, 'reach', 0)
+    sizes, dilation = np.atleast_1d(module.kernel_size), np.atleast_1d(module.kernel_dilation or 1)
+    return int(np.max(dilation * (sizes - 1) // 2))
 
 
 def native_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:

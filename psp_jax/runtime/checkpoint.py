@@ -165,7 +165,7 @@ def find_in(source: str) -> tuple[epath.Path, int]:
     """Directory and step of a checkpoint's path, or of the newest one of a working directory."""
     if directory(source).exists():
         return find(source, 'latest')
-    if not os.path.basename(source.rstrip('/')).isdigit():
+    if not os.path.basename(source.rstrip('/')).isdecimal():
         raise UserError(f'{source}: this folder holds no checkpoints to start from')
     return find('', source)
 
@@ -173,10 +173,10 @@ def find_in(source: str) -> tuple[epath.Path, int]:
 def find(workdir: str, which: str) -> tuple[epath.Path, int]:
     """Directory and step of a checkpoint: 'latest', 'best', a step, or the path of a checkpoint."""
     path = directory(workdir)
-    if which not in ('latest', 'best') and not which.isdigit():
+    if which not in ('latest', 'best') and not which.isdecimal():
         path = epath.Path(os.path.normpath(which) if '://' not in which else which.rstrip('/'))
         path, which = path.absolute().parent if '://' not in which else path.parent, path.name
-        if not which.isdigit() or not (path / which).exists():
+        if not which.isdecimal() or not (path / which).exists():
             raise UserError(
                 f'--checkpoint={path / which}: no checkpoint; give latest, best, a step, or the '
                 'path of one, such as runs/NAME/checkpoints/STEP'

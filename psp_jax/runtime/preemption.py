@@ -30,6 +30,10 @@ INITIALIZATION_TIMEOUT = 300  # seconds that processes wait for the last one to 
 HEARTBEAT_TIMEOUT = 60  # seconds after which a silent process counts as dead
 _COORDINATOR_STAYS = 3  # seconds; all processes lose their connection when process 0 ends
 _BEFORE_THE_FIRST_STEP = 'stopped before the first step; run the same command again'
+_STOPPING = (
+    b'psp_jax: stopping after this step, or after this evaluation; Ctrl-C again ends at once and '
+    b'loses the steps since the last checkpoint\n'
+)
 _LINE = 160  # bytes of the line about a process
 
 
@@ -150,16 +154,11 @@ def _ask(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT:
         _run.code = INTERRUPTED
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _run.asked = True
     if not _run.steps and not _run.several:
         raise Stopped(_run.code, _BEFORE_THE_FIRST_STEP)
     if number == signal.SIGINT:
-        print(
-            'psp_jax: stopping after this step, or after this evaluation; Ctrl-C again ends at '
-            'once and loses the steps since the last checkpoint',
-            file=sys.stderr,
-            flush=True,
-        )
-    _run.asked = True
+        os.write(2, _STOPPING)  # print may be in use by what the signal interrupts
     if _run.several:
         os.kill(os.getpid(), signal.SIGTERM)
 

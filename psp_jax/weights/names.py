@@ -41,7 +41,7 @@ def semseg_name(ours: str) -> str | None:
     module, _, leaf = path.rpartition('/')
     for pattern, name in OURS:
         match = re.fullmatch(pattern, module)
-        if match:
+        if match and leaf in LEAVES:
             return f'{match.expand(name)}.{LEAVES[leaf]}'
     return None
 
