@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from plain_loops import config_of, picture
 
-from psp_jax.inference.masks import apply_to_padded
+from psp_jax.inference.masks import apply_to_padded, stride_of
+from psp_jax.model import layers
 from psp_jax.model.contexts import CONTEXTS
 from psp_jax.model.layers import Conv
 from psp_jax.model.pspnet import normalise
