@@ -91,7 +91,7 @@ def test_fine_tuning_150_classes_to_11(small_config, tmp_path, python, file):
     assert run.returncode == 0, run.stderr
     assert 'fresh: aux_head/classifier, head/classifier' in run.stdout
     start, end = variables_in(imported), variables_in(tmp_path / 'run')
-    kernel = 'params/backbone/layer4_block1/conv2/kernel'
+    kernel = 'params/backbone/layer4_block0/conv2/kernel'
     np.testing.assert_allclose(end[kernel], start[kernel], atol=1e-6)  # the rate is next to 0
     assert end['params/head/classifier/kernel'].shape[-1] == 11
     assert len(metrics_of(tmp_path / 'run')['classes']) == 11

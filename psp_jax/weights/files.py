@@ -115,8 +115,9 @@ class Inert:
 
     def __init__(self, *args: Any):
         # Unpickling an object calls only __new__. A call of __init__ means that the file asks to
-        # run code; only NumPy's arrays and numbers are made by such calls too.
-        if not self.called_as.startswith(('numpy.', '_codecs.')):
+        # run code; only NumPy's arrays and numbers, and the methods in mmengine's logs, are made by
+        # such calls too.
+        if not self.called_as.startswith(('numpy.', '_codecs.', 'builtins.getattr')):
             raise UserError(
                 f'it asks to call {self.called_as}, and no code in a file is run. Take a file from '
                 'a source that you trust, with model.state_dict() alone'
