@@ -55,18 +55,16 @@ def setup(config: ConfigDict) -> Setup:
     model = build(config)
     variables = jax.eval_shape(lambda: init_variables(model, config.seed))
     tx, schedule = make_optimizer(variables['params'], config)
-    shapes = jax.eval_shape(lambda: _new_state(model, tx, config.seed))
+    step = jax.eval_shape(lambda: jnp.zeros((), jnp.int32))
+    opt_state = jax.eval_shape(tx.init, variables['params'])
+    shapes = TrainState(step=step, opt_state=opt_state, **variables)
     return Setup(config, model, tx, schedule, shapes)
 
 
 def new_state(setup: Setup) -> TrainState:
     """The state before the first step, a function of the seed alone."""
-    return _new_state(setup.model, setup.tx, setup.config.seed)
-
-
-def _new_state(model: PSPNet, tx: optax.GradientTransformation, seed: int) -> TrainState:
-    variables = init_variables(model, seed)
-    opt_state = tx.init(variables['params'])
+    variables = init_variables(setup.model, setup.config.seed)
+    opt_state = setup.tx.init(variables['params'])
     return TrainState(step=jnp.zeros((), jnp.int32), opt_state=opt_state, **variables)
 
 
